@@ -1,0 +1,31 @@
+"""Every refusal of fspace: what was wrong, where, and what to do about it."""
+
+from sklearn.exceptions import NotFittedError as _SklearnNotFittedError
+
+
+class FspaceError(Exception):
+    """Base of all errors that fspace raises on purpose."""
+
+
+class DataError(FspaceError, ValueError):
+    """The data cannot be used as given (the message names the row, column or shape)."""
+
+
+class OptionError(FspaceError, ValueError):
+    """An option has a value that does not exist or does not fit the others."""
+
+
+class NumericalError(FspaceError, ArithmeticError):
+    """A factorisation failed after all permitted repairs."""
+
+
+class DeviceError(FspaceError, RuntimeError):
+    """The device asked for is not there."""
+
+
+class ModelFileError(FspaceError, ValueError):
+    """A file is not a model that fspace saved, or it is damaged."""
+
+
+class NotFittedError(FspaceError, _SklearnNotFittedError):
+    """A prediction was asked of a model that has not been fitted."""
