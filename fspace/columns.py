@@ -1,0 +1,204 @@
+"""One column at a time: from what a table holds to float64, and the words of each refusal."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from numpy.typing import NDArray
+from sklearn.impute import SimpleImputer
+from sklearn.preprocessing import OneHotEncoder
+
+from .errors import DataError
+
+# The square of anything larger overflows float64, so no variance of it exists.
+LARGEST_VALUE = 1e150
+
+
+class WrongKindError(DataError, TypeError):
+    """The object is of a kind that cannot become a table of numbers (sparse, dict cells, ...)."""
+
+
+def is_category(column: pd.Series) -> bool:
+    """Whether the column has a category type."""
+    return isinstance(column.dtype, pd.CategoricalDtype)
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
+def column_to_float(column: pd.Series, name: str) -> Float[np.ndarray, " n"]:
+    """One column as float64, NaN where a value is missing. Raises DataError for text, dates, categories."""
+    dtype: Any = column.dtype
+    if is_category(column):
+        raise DataError(f"Column {name!r} is a category, but it held numbers in fit.")
+    if dtype.kind in "mM":
+        raise DataError(
+            f"Column {name!r} holds dates or times ({dtype}). Turn it into numbers that mean "
+            "something here, such as days since a start, the month, or the hour."
+        )
+    if dtype.kind == "c":
+        raise DataError(f"Complex data not supported (column {name!r}).")
+    if isinstance(dtype, np.dtype) and dtype.kind in "fiub":
+        return np.asarray(column.to_numpy(), dtype=np.float64)
+    values = column.to_numpy(dtype=object)
+    for row, value in enumerate(values):
+        if isinstance(value, str | bytes):
+            raise DataError(_text_message(name, values, row))
+    try:
+        return np.asarray(np.where(pd.isna(values), np.nan, values), dtype=np.float64)
+    except TypeError as error:
+        raise WrongKindError(f"Column {name!r} is not numeric: {error}.") from error
+    except ValueError as error:
+        raise DataError(f"Column {name!r} is not numeric: {error}.") from error
+
+
+def _text_message(name: str, values: NDArray, first: int) -> str:
+    """Three cases: a few bad cells among numbers, numbers written as text, and real text."""
+    parsed = pd.to_numeric(pd.Series(values).map(str), errors="coerce").notna().to_numpy()
+    bad = np.flatnonzero(~parsed & ~np.asarray(pd.isna(values), dtype=bool))
+    if not len(bad):
+        return (
+            f"Column {name!r} holds numbers written as text (row {first}: {values[first]!r}). "
+            f"Convert it: X[{name!r}] = pandas.to_numeric(X[{name!r}])."
+        )
+    if 2 * parsed.sum() >= len(values):
+        others = f" ({len(bad)} such cells in all)" if len(bad) > 1 else ""
+        return (
+            f"Column {name!r} holds text in row {bad[0]} ({values[bad[0]]!r}){others}, though most of its "
+            "values are numbers. Correct the value, or leave the cell empty to have it read as missing."
+        )
+    return (
+        f"Column {name!r} holds text (row {first}: {values[first]!r}) and has no category type. If it is a "
+        f"category, say so: X[{name!r}].astype('category'), or categories=[{name!r}], or in the terminal "
+        f"--categorical {name}. Otherwise remove the column."
+    )
+
+
+def median_fill(values: Float[np.ndarray, "n k"], names: Sequence[str]) -> list[float]:
+    """The median of each column's values. Raises DataError for a column without any."""
+    for name, column in zip(names, values.T, strict=True):
+        if np.isnan(column).all():
+            raise DataError(
+                f"Input X contains NaN.\nColumn {name!r} has no value at all, so there is nothing to "
+                "impute from; remove the column."
+            )
+    require_finite(np.where(np.isnan(values), 0.0, values), names)
+    return [float(fill) for fill in SimpleImputer(strategy="median").fit(values).statistics_] if names else []
+
+
+# ---- categories ----------------------------------------------------------------------------------
+
+
+def learn_category(column: pd.Series, name: str, impute: bool) -> dict[str, Any]:
+    """{"kind", "levels", "fill"}: the levels that the column's type declares, else those seen, sorted."""
+    values = column.to_numpy(dtype=object)
+    gone = np.asarray(pd.isna(values), dtype=bool)
+    if gone.all():
+        raise DataError(f"Column {name!r} is a category column without a single value; remove it.")
+    levels = column.cat.categories.tolist() if is_category(column) else list(pd.unique(values[~gone]))
+    levels = [level.item() if isinstance(level, np.generic) else level for level in levels]
+    for level in levels:
+        if not isinstance(level, str | int | float | bool):
+            raise DataError(
+                f"Column {name!r} has the category {level!r}; a category may be text, a number or a "
+                "boolean. Convert the column to text."
+            )
+    if not is_category(column):
+        levels = (
+            sorted(levels)
+            if len({isinstance(level, str) for level in levels}) == 1
+            else sorted(levels, key=str)
+        )
+    fill = None
+    if impute:  # ties go to the first level, whatever the order of the rows
+        counts = [int(np.sum(values[~gone] == level)) for level in levels]
+        fill = levels[int(np.argmax(counts))]
+    return {"kind": "category", "levels": levels, "fill": fill}
+
+
+def one_hot(column: pd.Series, name: str, learnt: dict[str, Any]) -> Float[np.ndarray, "n k"]:
+    """Levels as 0/1 columns (one where there are two levels). A level not seen in fit is refused."""
+    values = column.to_numpy(dtype=object)
+    gone = np.asarray(pd.isna(values), dtype=bool)
+    if gone.any():
+        if learnt["fill"] is None:
+            raise DataError(missing_message("NaN", int(np.flatnonzero(gone)[0]), name, int(gone.sum())))
+        values = np.where(gone, learnt["fill"], values)
+    levels = np.empty(len(learnt["levels"]), dtype=object)
+    levels[:] = learnt["levels"]
+    codes = pd.Index(levels).get_indexer(pd.Index(values, dtype=object))
+    unseen = np.flatnonzero(codes < 0)
+    if len(unseen):
+        value = values[unseen[0]]
+        raise DataError(
+            f"Column {name!r}, row {unseen[0]}: the category {value!r} was not there in fit."
+            f"{suggest(str(value), [str(level) for level in levels])} Correct it, drop such rows, or "
+            "fit again on data that has it."
+        )
+    encoder = OneHotEncoder(categories=[np.arange(len(levels))], drop="if_binary", sparse_output=False)
+    return cast(NDArray, encoder.fit(np.arange(len(levels))[:, None]).transform(codes[:, None]))
+
+
+def level_names(name: str, learnt: dict[str, Any]) -> list[str]:
+    """The names of what `one_hot` makes."""
+    levels = learnt["levels"][1:] if len(learnt["levels"]) == 2 else learnt["levels"]
+    return [f"{name}_{level}" for level in levels]
+
+
+# ---- finite values -------------------------------------------------------------------------------
+
+
+def require_finite(values: NDArray, names: Sequence[str] | None = None, x: str = "X") -> None:
+    """Refuses NaN, infinity and values whose square overflows, naming the first row and column."""
+    if values.size == 0:
+        return
+    with np.errstate(invalid="ignore"):
+        high, low = np.max(values), np.min(values)  # NaN if any is
+        if high <= LARGEST_VALUE and low >= -LARGEST_VALUE:
+            return
+        kinds = {
+            "NaN": np.isnan(values),
+            "infinity": np.isinf(values),
+            "large": np.abs(values) > LARGEST_VALUE,
+        }
+    for what, bad in kinds.items():
+        if bad.any():
+            where = [int(i) for i in np.argwhere(bad)[0]]
+            column = None
+            if values.ndim == 2:
+                column = names[where[1]] if names is not None else f"{x.lower()}{where[1]}"
+            elif values.ndim > 2:
+                column = f"position {tuple(where[1:])}"
+            raise DataError(missing_message(what, where[0], column, int(bad.sum()), x))
+
+
+def missing_message(what: str, row: int, column: str | None, count: int, x: str = "X") -> str:
+    """What is wrong ("NaN", "infinity", "large"), in scikit-learn's words; where; and the cure."""
+    where = f"Row {row}" + (f", column {column!r}" if column is not None else "")
+    more = f" ({count} such values in all)" if count > 1 else ""
+    if what == "NaN":
+        cure = " or fill the gaps: missing='impute' (terminal: --missing impute)" if x == "X" else ""
+        return f"Input {x} contains NaN.\n{where} has no value{more}. Remove such rows{cure}."
+    if what == "infinity":
+        return (
+            f"Input {x} contains infinity.\n{where} is infinite{more}. Correct the value or remove the row."
+        )
+    return (
+        f"Input {x} contains a value too large for float64 arithmetic.\n{where} is beyond "
+        f"{LARGEST_VALUE:g}{more}; its square overflows. Measure it in another unit."
+    )
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    """' Did you mean ...?' with the nearest of the known names, or what there is."""
+    lower = {other.lower(): other for other in known}
+    near = [lower[match] for match in difflib.get_close_matches(name.lower(), list(lower), n=3, cutoff=0.6)]
+    if near:
+        return f" Did you mean {' or '.join(map(repr, near))}?"
+    shown = ", ".join(map(repr, list(known)[:12]))
+    return f" There is: {shown}{', ...' if len(known) > 12 else ''}."

@@ -1,0 +1,359 @@
+"""Tables in, float64 arrays out: encoding columns, checking targets (files and data sets: datasets.py).
+
+Input is checked here, once, at the edge; every refusal names the row and the column and says what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from warnings import warn
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from numpy.typing import NDArray
+
+from .columns import (
+    column_to_float,
+    is_category,
+    learn_category,
+    level_names,
+    median_fill,
+    one_hot,
+    require_finite,
+    suggest,
+)
+from .datasets import load_diabetes_table, load_flights, load_uci, read_table, write_table
+from .errors import DataError, NotFittedError, OptionError
+from .tables import as_table, column_names, from_polars, from_tensor, name_mismatch
+
+__all__ = [
+    "TableEncoder",
+    "check_target",
+    "load_diabetes_table",
+    "load_flights",
+    "load_uci",
+    "read_table",
+    "split_target",
+    "write_table",
+]
+
+
+class TableEncoder:
+    """Turns a table into a float64 array `[n, d]` in original units; refuses tables that do not match.
+
+    Numeric and boolean columns pass through. Columns with a category type (pandas `category`, polars
+    `Categorical` or `Enum`) and those named in `categories` become one-hot columns (one where there are two
+    levels). Arrays of three or more dimensions (images `[n, c, h, w]`, sequences `[n, t, d]`) are checked and
+    passed on, in float32 if they came so.
+
+    categories: names (or positions) of further columns to read as categories.
+    missing: "error", or "impute": medians for numbers, the most frequent level for categories.
+    owner: the class named in messages.
+    """
+
+    n_features_in_: int
+    _tensor_shape: tuple[int, ...] | None
+    _columns: list[dict[str, Any]]
+    feature_names_in_: NDArray[np.object_]  # only where the table had names, as in scikit-learn
+
+    def __init__(
+        self,
+        categories: Sequence[str | int] | str | None = None,
+        missing: str = "error",
+        owner: str = "TableEncoder",
+    ):
+        self.categories = categories
+        self.missing = missing
+        self.owner = owner
+
+    def fit(self, X: Any) -> TableEncoder:
+        """Learn names, kinds, levels and fill-in values from X `[n, columns]`. Raises DataError."""
+        self.fit_transform(X)
+        return self
+
+    def fit_transform(self, X: Any) -> Float[np.ndarray, "n *d"]:
+        """`fit` and `transform` in one pass over X."""
+        if self.missing not in ("error", "impute"):
+            raise OptionError(f"missing={self.missing!r} does not exist; choose 'error' or 'impute'.")
+        self._forget()
+        table = as_table(X)
+        if isinstance(table, np.ndarray) and table.ndim > 2:
+            require_finite(table)
+            self._learn_shape(table)
+            return table
+        names = column_names(table)
+        self._tensor_shape, self.n_features_in_ = None, table.shape[1]
+        if names is not None:
+            self.feature_names_in_ = names
+        try:
+            opted_in = self._positions(self.categories or [])
+            if isinstance(table, np.ndarray) and opted_in:
+                table = pd.DataFrame(table)
+            self._learn_columns(table, opted_in)
+            return self._encode(table)
+        except DataError:
+            self._forget()  # a refused table leaves no half-fitted encoder behind
+            raise
+
+    def transform(self, X: Any) -> Float[np.ndarray, "n *d"]:
+        """Encode X as learnt. Raises DataError for other columns, unseen levels, NaN and infinity."""
+        if not hasattr(self, "n_features_in_"):
+            raise NotFittedError(f"This {self.owner} instance is not fitted yet. Call 'fit' first.")
+        table = as_table(X)
+        if isinstance(table, np.ndarray) and (table.ndim > 2 or self._tensor_shape is not None):
+            self._check_tensor(table)
+            require_finite(table)
+            return table
+        self._check_columns(table)
+        return self._encode(table)
+
+    @property
+    def feature_names(self) -> list[str]:
+        """Names of the input columns (`x0`, `x1`, ... where the table had none)."""
+        if hasattr(self, "feature_names_in_"):
+            return [str(name) for name in self.feature_names_in_]
+        return [f"x{i}" for i in range(self.n_features_in_)]
+
+    @property
+    def feature_names_out(self) -> list[str]:
+        """Names of the encoded columns: the column's own, or `column_level` for one-hot columns."""
+        return [name for names in self._names_out() for name in names]
+
+    @property
+    def source_columns(self) -> list[int]:
+        """For each encoded column, the position of the input column it came from."""
+        return [i for i, names in enumerate(self._names_out()) for _ in names]
+
+    def state(self) -> dict[str, Any]:
+        """All that was learnt, ready for JSON."""
+        return {
+            "missing": self.missing,
+            "owner": self.owner,
+            "n_features": self.n_features_in_,
+            "names": self.feature_names if hasattr(self, "feature_names_in_") else None,
+            "tensor_shape": None if self._tensor_shape is None else list(self._tensor_shape),
+            "columns": [dict(column) for column in self._columns],
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> TableEncoder:
+        """The encoder that gave this `state()`. Raises DataError if it is not one."""
+        try:
+            encoder = cls(missing=state["missing"], owner=state["owner"])
+            encoder.n_features_in_ = int(state["n_features"])
+            encoder._columns = [
+                {key: column[key] for key in ("kind", "levels", "fill") if key in column}
+                for column in state["columns"]
+            ]
+            encoder._tensor_shape = None if state["tensor_shape"] is None else tuple(state["tensor_shape"])
+            if state["names"] is not None:
+                encoder.feature_names_in_ = np.array(state["names"], dtype=object)
+            if encoder._tensor_shape is None and len(encoder._columns) != encoder.n_features_in_:
+                raise ValueError("columns and n_features disagree")
+            if state["names"] is not None and len(state["names"]) != encoder.n_features_in_:
+                raise ValueError("names and n_features disagree")
+            encoder.categories = [
+                i for i, column in enumerate(encoder._columns) if "levels" in column
+            ] or None
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"This is not the state of a TableEncoder ({error!r}).") from error
+        return encoder
+
+    # ---- fitting ---------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        for name in ("feature_names_in_", "n_features_in_", "_columns", "_tensor_shape"):
+            if hasattr(self, name):
+                delattr(self, name)
+
+    def _positions(self, columns: Sequence[str | int] | str) -> set[int]:
+        """Positions of columns given by name or by number."""
+        names, found = self.feature_names, set()
+        for column in [columns] if isinstance(columns, str) else columns:
+            if isinstance(column, str) and column in names:
+                found.add(names.index(column))
+            elif not isinstance(column, str) and 0 <= int(column) < self.n_features_in_:
+                found.add(int(column))
+            else:
+                raise DataError(
+                    f"categories names the column {column!r}, which is not in the table."
+                    f"{suggest(str(column), names)}"
+                )
+        return found
+
+    def _learn_shape(self, table: NDArray) -> None:
+        self._tensor_shape = tuple(table.shape[1:])
+        self.n_features_in_ = int(table.shape[1])
+        self._columns = []
+
+    def _learn_columns(self, table: pd.DataFrame | NDArray, opted_in: set[int]) -> None:
+        impute = self.missing == "impute"
+        self._columns = []
+        for i, name in enumerate(self.feature_names):
+            if isinstance(table, pd.DataFrame) and (i in opted_in or is_category(table.iloc[:, i])):
+                self._columns.append(learn_category(table.iloc[:, i], name, impute))
+            else:
+                self._columns.append({"kind": "number", "fill": None})
+        if impute:
+            numbers = self._numeric()
+            fills = median_fill(self._numbers(table, numbers), [self.feature_names[i] for i in numbers])
+            for i, fill in zip(numbers, fills, strict=True):
+                self._columns[i]["fill"] = fill
+
+    # ---- encoding --------------------------------------------------------------------------------
+
+    def _encode(self, table: pd.DataFrame | NDArray) -> Float[np.ndarray, "n d"]:
+        numbers = self._numeric()
+        values = self._numbers(table, numbers)
+        if self.missing == "impute" and numbers:
+            values = np.where(np.isnan(values), [self._columns[i]["fill"] for i in numbers], values)
+        require_finite(values, [self.feature_names[i] for i in numbers])
+        if isinstance(table, np.ndarray) or len(numbers) == self.n_features_in_:
+            return values
+        at = {i: k for k, i in enumerate(numbers)}
+        blocks = [
+            values[:, [at[i]]] if i in at else one_hot(table.iloc[:, i], self.feature_names[i], column)
+            for i, column in enumerate(self._columns)
+        ]
+        return np.concatenate(blocks, axis=1)
+
+    def _numeric(self) -> list[int]:
+        return [i for i, column in enumerate(self._columns) if column["kind"] == "number"]
+
+    def _numbers(self, table: pd.DataFrame | NDArray, positions: list[int]) -> Float[np.ndarray, "n k"]:
+        """The numeric columns as float64, NaN where a value is missing."""
+        if isinstance(table, np.ndarray):
+            return table
+        values = np.empty((len(table), len(positions)))
+        for k, i in enumerate(positions):
+            values[:, k] = column_to_float(table.iloc[:, i], self.feature_names[i])
+        return values
+
+    def _names_out(self) -> list[list[str]]:
+        return [
+            level_names(name, column) if "levels" in column else [name]
+            for name, column in zip(self.feature_names, self._columns, strict=False)
+        ]
+
+    # ---- matching the table that was fitted ------------------------------------------------------
+
+    def _check_columns(self, table: pd.DataFrame | NDArray) -> None:
+        """Same columns in the same order: scikit-learn's wording, then what to do about it."""
+        names = column_names(table)
+        fitted = self.feature_names if hasattr(self, "feature_names_in_") else None
+        if names is not None and fitted is not None and list(names) != fitted:
+            raise DataError(name_mismatch(list(names), fitted))
+        if table.shape[1] != self.n_features_in_:
+            raise DataError(
+                f"X has {table.shape[1]} features, but {self.owner} is expecting "
+                f"{self.n_features_in_} features as input."
+            )
+        if isinstance(table, np.ndarray) and len(self._numeric()) < self.n_features_in_:
+            raise DataError(
+                f"{self.owner} was fitted on a table with category columns, but X is an array of "
+                "numbers. Pass a frame with the same columns."
+            )
+        if names is not None and fitted is None:
+            warn(f"X has feature names, but {self.owner} was fitted without feature names", stacklevel=3)
+        if names is None and fitted is not None:
+            warn(
+                f"X does not have valid feature names, but {self.owner} was fitted with feature names",
+                stacklevel=3,
+            )
+
+    def _check_tensor(self, table: NDArray) -> None:
+        """Same number of dimensions, and of channels (images) or of features per step (sequences)."""
+        shape, seen = table.shape[1:], self._tensor_shape
+        if seen is None:
+            raise DataError(
+                f"X has shape {list(table.shape)}, but {self.owner} was fitted on a table "
+                f"[n, {self.n_features_in_}]."
+            )
+        channel = -1 if len(seen) == 2 else 0
+        if len(shape) != len(seen) or shape[channel] != seen[channel]:
+            raise DataError(
+                f"X has shape {list(table.shape)}, but {self.owner} was fitted on arrays of shape "
+                f"[n, {', '.join(map(str, seen))}]."
+            )
+
+
+# ---- targets -------------------------------------------------------------------------------------
+
+
+def check_target(y: Any, n: int | None = None) -> Float[np.ndarray, "n *t"]:
+    """The target as float64, `[n]` or `[n, t]` as given.
+
+    Raises DataError for text, NaN or infinity (row named), other shapes, or another number of rows than n.
+    """
+    if y is None:
+        raise DataError("This model requires y to be passed, but the target y is None.")
+    if type(y).__module__.split(".")[0] == "polars":
+        y = from_polars(y) if hasattr(y, "get_columns") else from_polars(y.to_frame()).iloc[:, 0]
+    if hasattr(y, "detach"):
+        y = from_tensor(y)
+    if not isinstance(y, pd.DataFrame | pd.Series):
+        try:
+            y = np.asarray(y)
+        except ValueError as error:
+            raise DataError(f"y is not a target: its rows differ in length ({error}).") from error
+        if y.dtype.kind == "c":
+            raise DataError("Complex data not supported in y.")
+        if y.dtype.kind in "OUS" and y.ndim in (1, 2):
+            y = pd.DataFrame(y.astype(object)) if y.ndim == 2 else pd.Series(y.astype(object))
+    names: list[str] | None = None
+    if isinstance(y, pd.DataFrame | pd.Series):
+        frame = y.to_frame() if isinstance(y, pd.Series) else y
+        names = [
+            name if isinstance(name, str) else f"y{k}" if y.ndim == 2 else "y"
+            for k, name in enumerate(frame.columns)
+        ]
+        values = np.empty(frame.shape)
+        for k, name in enumerate(names):
+            values[:, k] = _target_column(frame.iloc[:, k], name)
+        values = values[:, 0] if y.ndim == 1 else values
+    else:
+        try:
+            values = np.asarray(y, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"y is not numeric: {error}.") from error
+    if values.ndim not in (1, 2) or 0 in values.shape:
+        raise DataError(
+            f"y should be a 1d array [n], or [n, outputs]; got an array of shape "
+            f"{list(values.shape)} instead."
+        )
+    if n is not None and len(values) != n:
+        raise DataError(
+            f"Found input variables with inconsistent numbers of samples: X has {n} rows, y has "
+            f"{len(values)}."
+        )
+    require_finite(values, names, x="y")
+    return values
+
+
+def _target_column(column: pd.Series, name: str) -> Float[np.ndarray, " n"]:
+    if is_category(column):
+        raise DataError(
+            f"The target {name!r} is a category (Unknown label type for regression); a regressor "
+            "needs numbers."
+        )
+    for row, value in enumerate(column if column.dtype.kind not in "fiubmMc" else ()):
+        if isinstance(value, str | bytes):
+            raise DataError(
+                f"The target {name!r} holds text (row {row}: {value!r}; Unknown label type for "
+                "regression); a regressor needs numbers."
+            )
+    return column_to_float(column, name)
+
+
+def split_target(table: pd.DataFrame, targets: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The inputs and the target columns. Raises DataError, with near names, where a target is missing."""
+    names = [str(name) for name in table.columns]
+    for target in targets:
+        if target not in names:
+            raise DataError(f"The target {target!r} is not a column of the table.{suggest(target, names)}")
+    inputs = table[[name for name in names if name not in targets]]
+    if inputs.shape[1] == 0:
+        raise DataError("Nothing is left to predict from: every column is a target.")
+    return inputs, table[list(targets)]
