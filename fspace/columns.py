@@ -158,13 +158,13 @@ def require_finite(values: NDArray, names: Sequence[str] | None = None, x: str =
     if values.size == 0:
         return
     with np.errstate(invalid="ignore"):
-        high, low = np.max(values), np.min(values)  # NaN if any is
+        high, low = float(np.max(values)), float(np.min(values))  # NaN if any is
         if high <= LARGEST_VALUE and low >= -LARGEST_VALUE:
             return
         kinds = {
             "NaN": np.isnan(values),
             "infinity": np.isinf(values),
-            "large": np.abs(values) > LARGEST_VALUE,
+            "large": np.abs(np.asarray(values, dtype=np.float64)) > LARGEST_VALUE,
         }
     for what, bad in kinds.items():
         if bad.any():

@@ -80,6 +80,8 @@ class TableEncoder:
         self._forget()
         table = as_table(X)
         if isinstance(table, np.ndarray) and table.ndim > 2:
+            if table.size == 0:
+                raise DataError(f"X has shape {list(table.shape)}: there is nothing in it.")
             require_finite(table)
             self._learn_shape(table)
             return table

