@@ -2,9 +2,10 @@
 
     python benchmarks/gpflow_peer.py data.npz out.json
 
-data.npz holds X, y, X_test, y_test (standardised) and the JSON string `config`: model ("sgpr" or "svgp"), inducing, seconds, seed, batch.
-out.json holds the curve: [seconds, rmse, mean log-likelihood] on the test rows, evaluated with the clock stopped. The clock starts once
-TensorFlow has compiled the first step, so that compilation is not counted.
+data.npz holds X, y, X_test, y_test (standardised) and the JSON string `config`: model ("sgpr" or "svgp"),
+inducing, seconds, seed, batch. out.json holds the curve: [seconds, rmse, mean log-likelihood] on the test
+rows, evaluated with the clock stopped. The clock starts once TensorFlow has compiled the first step, so
+that compilation is not counted.
 """
 
 import json
@@ -12,7 +13,9 @@ import os
 import sys
 import time
 
-os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")  # GPflow's recipes call Adam.minimize, which Keras 3 has not
+os.environ.setdefault(
+    "TF_USE_LEGACY_KERAS", "1"
+)  # GPflow's recipes call Adam.minimize, which Keras 3 has not
 
 import gpflow
 import numpy as np
@@ -23,7 +26,8 @@ class Clock:
     """Seconds of training; stopped while the test rows are scored."""
 
     def __init__(self) -> None:
-        self.spent, self.since = 0.0, None
+        self.spent = 0.0
+        self.since: float | None = None
 
     def start(self) -> None:
         self.since = time.perf_counter()
@@ -79,7 +83,10 @@ def run_sgpr(X, y, X_test, y_test, config):
 
     try:
         gpflow.optimizers.Scipy().minimize(
-            model.training_loss_closure(), model.trainable_variables, step_callback=record, options={"maxiter": 10_000}
+            model.training_loss_closure(),
+            model.trainable_variables,
+            step_callback=record,
+            options={"maxiter": 10_000},
         )
         curve.append([clock.stop(), *score(model, X_test, y_test)])
     except OutOfTime:
@@ -88,7 +95,7 @@ def run_sgpr(X, y, X_test, y_test, config):
 
 
 def run_svgp(X, y, X_test, y_test, config):
-    """Natural gradients (0.1) for q(u) and Adam (0.01) for the rest, in turn, on mini-batches (notebook: natural gradients)."""
+    """Natural gradients (0.1) for q(u), Adam (0.01) for the rest, in turn (notebook: natural gradients)."""
     kernel, Z = kernel_and_inducing(X, config)
     likelihood = gpflow.likelihoods.Gaussian(0.1)
     model = gpflow.models.SVGP(kernel, likelihood, inducing_variable=Z, num_data=len(X))

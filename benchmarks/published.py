@@ -1,7 +1,8 @@
 """Figures that others published for the twenty splits (protein: five) of the nine UCI tables.
 
-Root mean squared error and mean test log-likelihood, both in the target's own units. Values are strings as printed, so that a comparison
-knows how many digits there are. Where a source printed the standard deviation in one paper and the standard error in another, no ± is kept.
+Root mean squared error and mean test log-likelihood, both in the target's own units. Values are strings as
+printed, so that a comparison knows how many digits there are. Where a source printed the standard deviation
+in one paper and the standard error in another, no ± is kept.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def digits(text: str) -> int:
 
 
 def verdict(ours: float, measure: str, table: str) -> str:
-    """`best`, `ties` or `behind`: our figure against the best published one, at the precision that was printed."""
+    """`best`, `ties` or `behind`: our figure against the best published one, at the printed precision."""
     sign = {"rmse": -1.0, "log_likelihood": 1.0}[measure]
     rows = RMSE if measure == "rmse" else LOG_LIKELIHOOD
     best = max((row[table] for row in rows.values()), key=lambda text: sign * float(text))

@@ -1,8 +1,8 @@
-"""The published splits of nine UCI tables with GPRegressor's defaults, nothing tuned per table, beside the published rows.
+"""The published splits of nine UCI tables with GPRegressor's defaults, beside the published rows.
 
-    python benchmarks/uci.py                                  all tables, all splits; goes on where an earlier run stopped
-    python benchmarks/uci.py --tables yacht,energy --splits 3 the first three splits of two tables
-    python benchmarks/uci.py --set kernel=matern --label matern
+python benchmarks/uci.py                                   all; goes on where an earlier run stopped
+python benchmarks/uci.py --tables yacht,energy --splits 3  the first three splits of two tables
+python benchmarks/uci.py --set kernel=matern --label matern
 """
 
 from __future__ import annotations
@@ -123,23 +123,36 @@ def show(tables: dict[str, Any]) -> None:
     view = Table("", *tables, title="fspace: splits done, 90% interval coverage, seconds per fit")
     view.add_row(
         "splits",
-        *(f"{r['splits']}/{r['of']}" + (f" ({r['failed']} failed)" * bool(r["failed"])) for r in tables.values()),
+        *(
+            f"{r['splits']}/{r['of']}" + (f" ({r['failed']} failed)" * bool(r["failed"]))
+            for r in tables.values()
+        ),
     )
     for measure in ("coverage_90", "fit_s"):
-        view.add_row(measure, *(f"{r[measure]['mean']:.3g}" if measure in r else "-" for r in tables.values()))
+        view.add_row(
+            measure, *(f"{r[measure]['mean']:.3g}" if measure in r else "-" for r in tables.values())
+        )
     console.print(view)
     for measure in ("rmse", "log_likelihood"):
         verdicts = [row[measure]["verdict"] for row in tables.values() if measure in row]
-        console.print(f"{measure}: best {verdicts.count('best')}, ties {verdicts.count('ties')}, of {len(verdicts)}")
+        console.print(
+            f"{measure}: best {verdicts.count('best')}, ties {verdicts.count('ties')}, of {len(verdicts)}"
+        )
 
 
 def main() -> None:
     """Run what is not done yet, then print and write all that is."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tables", default=",".join(FOLDERS), help="comma-separated (default: all nine)")
-    parser.add_argument("--splits", type=int, default=20, help="how many splits of each table, from the first")
+    parser.add_argument(
+        "--splits", type=int, default=20, help="how many splits of each table, from the first"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="fits at a time")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="an option of GPRegressor")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="an option of GPRegressor"
+    )
     parser.add_argument("--label", default="defaults", help="names the result; use one for each --set")
     parser.add_argument("--fresh", action="store_true", help="forget what earlier runs left")
     args = parser.parse_args()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-# Before fspace is first imported: each function's shapes (`Float[Tensor, "n d"]`) and types are then checked at every call.
+# Before fspace is first imported: shapes (`Float[Tensor, "n d"]`) and types are then checked at every call.
 # FSPACE_CHECK_SHAPES=0 turns it off, to see whether a failure is the check's or the code's.
 if os.environ.get("FSPACE_CHECK_SHAPES", "1") != "0":
     from jaxtyping import install_import_hook

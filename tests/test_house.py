@@ -16,8 +16,8 @@ PACKAGE = {
     if path.is_file() and "__pycache__" not in path.parts and path.name[0] != "."
 }
 HEAVY = [
-    "botorch", "matplotlib", "pandas", "pyarrow", "polars", "sklearn.ensemble", "sklearn.gaussian_process", "sklearn.linear_model",
-    "typer", "ray", "pyro", "posteriors",
+    "botorch", "matplotlib", "pandas", "pyarrow", "polars", "sklearn.ensemble", "sklearn.gaussian_process",
+    "sklearn.linear_model", "typer", "ray", "pyro", "posteriors",
 ]  # fmt: skip
 
 
@@ -90,7 +90,9 @@ def test_constraints_allow_what_pyproject_asks():
     from packaging.requirements import Requirement
 
     pins = dict(
-        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line and line[0] != "#"
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line and line[0] != "#"
     )
     normal = {name.lower().replace("_", "-"): version.strip() for name, version in pins.items()}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -101,3 +103,10 @@ def test_constraints_allow_what_pyproject_asks():
             continue
         assert name in normal, f"{name} is not pinned in constraints.txt"
         assert normal[name] in requirement.specifier, f"{name}=={normal[name]} does not satisfy {requirement}"
+
+
+def test_benchmark_page_shows_the_latest_results():
+    """The figures in docs/benchmarks.md are those of benchmarks/results, made by the script."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "make_docs.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

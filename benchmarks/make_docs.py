@@ -1,0 +1,168 @@
+"""Put the figures of benchmarks/results/ into docs/benchmarks.md, between its markers.
+
+python benchmarks/make_docs.py            rewrite the page python benchmarks/make_docs.py --check    exit 1
+if the page does not show the latest results
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import common
+import published
+
+PAGE = common.ROOT / "docs" / "benchmarks.md"
+BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def where(machine: dict[str, Any]) -> str:
+    """One line on the machine and the versions."""
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items() if number)
+    gpu = f", {machine['gpu']}" if machine.get("gpu") else ""
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB{gpu};"
+        f" Python {machine['python']}, {versions}; commit {machine['commit']}, {machine['date']}."
+    )
+
+
+def uci(result: dict[str, Any]) -> str:
+    """Both measures beside the published rows, then what it took."""
+    tables = result["tables"]
+    parts = []
+    for measure, title, rows in (
+        ("log_likelihood", "Mean test log-likelihood (higher is better)", published.LOG_LIKELIHOOD),
+        ("rmse", "Test RMSE (lower is better)", published.RMSE),
+    ):
+        body = []
+        for name, row in rows.items():
+            cells = []
+            for column in tables:
+                verdict = tables[column].get(measure, {}).get("verdict")
+                top = verdict != "best" and row[column] == published.best(measure, column)[0]
+                cells.append(f"**{row[column]}**" if top else row[column])
+            body.append([name, *cells])
+        body.append(["fspace", *(_ours(tables[column].get(measure), measure, column) for column in tables)])
+        verdicts = [row[measure]["verdict"] for row in tables.values() if measure in row]
+        parts.append(f"### {title}\n\n" + table(["", *tables], body))
+        parts.append(
+            f"Best of all rows on {verdicts.count('best')} of {len(verdicts)} tables, level at the printed"
+            f" precision on {verdicts.count('ties')}, behind on {verdicts.count('behind')}."
+            " Bold: the best; ±: standard error over splits."
+        )
+    took = [
+        ["splits done", *(f"{row['splits']} of {row['of']}" for row in tables.values())],
+        ["splits failed", *(str(row["failed"]) for row in tables.values())],
+        ["coverage of 90% intervals", *_cells(tables, "coverage_90", ".3f")],
+        ["seconds a fit", *_cells(tables, "fit_s", ".1f")],
+    ]
+    parts.append("### What it took\n\n" + table(["", *tables], took))
+    machine = result["machine"]
+    parts.append(
+        f"{machine['fits_at_a_time']} fits at a time, {machine['threads']} thread(s) each. {where(machine)}"
+    )
+    if len(result["commits"]) > 1:
+        parts.append(f"The splits were run at the commits {', '.join(result['commits'])}.")
+    return "\n\n".join(parts)
+
+
+def speed(result: dict[str, Any]) -> str:
+    """One line a case, then where it ran."""
+    body = []
+    for name, row in result["cases"].items():
+        if "error" in row:
+            body.append([name, row["peer"], "", "failed", "", "", "", ""])
+            continue
+        fit, best = row["fspace_fits"][-1], row["peer_best"]
+        ratio = "not reached" if row["ratio"] is None else f"{row['ratio']:.1f} x"
+        body.append([
+            name, row["peer"], f"{row['rows']:,}", f"{best['log_likelihood']:.3f}", f"{row['peer_s']:.1f}",
+            f"{fit['log_likelihood']:.3f}", f"{fit['seconds']:.1f}", ratio,
+        ])  # fmt: skip
+    head = ["case", "peer", "rows", "its best log-lik.", "its s", "fspace log-lik.", "fspace s", "sooner"]
+    cases = result["cases"].values()
+    budgets = sorted({row["budget_s"] for row in cases if "budget_s" in row})
+    notes = [
+        f"Budget {' or '.join(f'{budget:.0f}' for budget in budgets)} s a peer;"
+        " mean log-likelihood of a row, of the standardised target."
+    ]
+    for tolerance in sorted({row["tolerance"] for row in cases} - {0.0}):
+        names = [name for name, row in result["cases"].items() if row["tolerance"] == tolerance]
+        notes.append(f"Within {tolerance} nats of the best, for both sides: {', '.join(names)}.")
+    notes += sorted({where(row["machine"]) for row in cases})
+    return table(head, body) + "\n\n" + "\n\n".join(notes)
+
+
+def memory(result: dict[str, Any]) -> str:
+    """One line a phase."""
+    fit = result["fit"]
+    base = f"the imports ({result['base_mib']:.0f} MiB)"
+    body = [
+        [
+            f"fit, M = {fit['inducing']}",
+            f"{fit['rows']:,}",
+            base,
+            f"{fit['peak_mib']:.0f}",
+            f"{fit['seconds']:.1f}",
+        ]
+    ]
+    for part in result["predict"]:
+        above = "what was held, rows to predict included"
+        body.append(
+            ["predict", f"{part['rows']:,}", above, f"{part['peak_mib']:.0f}", f"{part['seconds']:.1f}"]
+        )
+    return table(["phase", "rows", "above", "peak MiB", "seconds"], body) + "\n\n" + where(result["machine"])
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {"uci": uci, "speed": speed, "memory": memory}
+
+
+def render(page: str) -> str:
+    """The page with every block replaced by its results, or by "Not run yet."."""
+
+    def block(match: re.Match[str]) -> str:
+        path = common.RESULTS / f"{match[2]}.json"
+        text = SECTIONS[match[2]](json.loads(path.read_text())) if path.exists() else "Not run yet."
+        return f"{match[1]}{text}\n{match[3]}"
+
+    return BLOCK.sub(block, page)
+
+
+def main() -> int:
+    """Rewrite or check the page."""
+    page = PAGE.read_text()
+    fresh = render(page)
+    if "--check" in sys.argv[1:]:
+        if fresh != page:
+            print("docs/benchmarks.md does not show benchmarks/results: run python benchmarks/make_docs.py")
+        return int(fresh != page)
+    PAGE.write_text(fresh)
+    return 0
+
+
+def _ours(figure: dict[str, Any] | None, measure: str, column: str) -> str:
+    if figure is None:
+        return "failed"
+    places = max(2, published.digits(figure["best_published"]))
+    if measure == "rmse" and column == "naval":
+        places = 5  # the published rows print two digits, which is none of the figure's
+    text = f"{figure['mean']:.{places}f}"
+    text = text if figure["verdict"] == "behind" else f"**{text}**"
+    return f"{text} ± {figure['standard_error']:.2g}"
+
+
+def _cells(tables: dict[str, Any], measure: str, style: str) -> list[str]:
+    return [format(row[measure]["mean"], style) if measure in row else "-" for row in tables.values()]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
