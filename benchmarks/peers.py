@@ -1,8 +1,7 @@
 """The other libraries' sides of speed.py, each by its own documented recipe; a side returns its curve.
 
 A curve is a list of [seconds of training, test rmse, mean test log-likelihood]; scoring is never on the
-clock. All
-get the same standardised arrays.
+clock. All get the same standardised arrays.
 """
 
 from __future__ import annotations
