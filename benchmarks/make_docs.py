@@ -116,9 +116,8 @@ def memory(result: dict[str, Any]) -> str:
         ]
     ]
     for part in result["predict"]:
-        above = "what was held, rows to predict included"
         body.append(
-            ["predict", f"{part['rows']:,}", above, f"{part['peak_mib']:.0f}", f"{part['seconds']:.1f}"]
+            ["predict", f"{part['rows']:,}", base, f"{part['peak_mib']:.0f}", f"{part['seconds']:.1f}"]
         )
     return table(["phase", "rows", "above", "peak MiB", "seconds"], body) + "\n\n" + where(result["machine"])
 
