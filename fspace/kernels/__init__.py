@@ -1,6 +1,7 @@
-"""Kernels: deep kernels, feature extractors, infinitely wide networks; any gpytorch kernel is welcome beside them."""
+"""Deep kernels, feature extractors, infinitely wide networks; any gpytorch kernel is welcome beside them."""
 
-from fspace.kernels.deep import DeepKernel, FeatureNorm, embed, embedded_kernel
+from fspace.kernels.deep import DeepKernel, FeatureNorm, SplitKernel, embed, embedded_kernel
+from fspace.kernels.describe import kernel_from_spec, kernel_to_spec
 from fspace.kernels.extractors import MLP, CausalConv, ConvNet, ResidualMLP
 from fspace.kernels.neural import NeuralKernel
 
@@ -12,6 +13,9 @@ __all__ = [
     "FeatureNorm",
     "NeuralKernel",
     "ResidualMLP",
+    "SplitKernel",
     "embed",
     "embedded_kernel",
+    "kernel_from_spec",
+    "kernel_to_spec",
 ]

@@ -14,7 +14,7 @@ from fspace.errors import DataError, OptionError
 
 
 class FeatureNorm(nn.Module):
-    """Centre and scale features by running statistics: tracked in training, fixed in evaluation, never clamped.
+    """Scale features by running statistics: tracked in training, fixed in evaluation, never clamped.
 
     The statistics are constants for the gradient, so one batch never changes the kernel between its own rows.
     Features far from the training features stay far. Buffers `mean`, `var` are `[k]` float64 (0-d until the number
@@ -48,12 +48,11 @@ class FeatureNorm(nn.Module):
         if rows.shape[0] < 2:  # one row says nothing about the spread
             return
         mean, var = rows.mean(0), rows.var(0, unbiased=False)
-        if not bool(self.seen):
-            self.set_statistics(mean, var)
-            return
+        step = torch.where(self.seen, self.momentum, 1.0)  # not an `if`: that would wait for the GPU
         # new tensors, not in-place: an earlier forward pass may still need the old ones for its backward pass
-        self.mean = self.mean + self.momentum * (mean - self.mean)
-        self.var = self.var + self.momentum * (var - self.var)
+        self.mean = self.mean + step * (mean - self.mean)
+        self.var = self.var + step * (var - self.var)
+        self.seen = torch.ones_like(self.seen)
 
     def forward(self, features: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch n k"]:
         """Return (features - mean) / std in float64."""
@@ -72,7 +71,7 @@ class FeatureNorm(nn.Module):
 
 
 class SplitKernel(Kernel):
-    """`base` on the first `split` columns plus `plain` on the rest: the kernel on an embedding `[features, inputs]`."""
+    """`base` on the first `split` columns plus `plain` on the rest: the kernel on `[features, inputs]`."""
 
     def __init__(self, base: Kernel, plain: Kernel, split: int):
         super().__init__()
@@ -127,18 +126,22 @@ class DeepKernel(Kernel):
     ):
         super().__init__(active_dims=active_dims)
         if not isinstance(extractor, nn.Module):
-            raise OptionError(f"DeepKernel: extractor is a {type(extractor).__name__}; pass a torch.nn.Module.")
+            raise OptionError(
+                f"DeepKernel: extractor is a {type(extractor).__name__}; pass a torch.nn.Module."
+            )
         for name, part in (("base", base), ("plain", plain)):
             if part is not None and not isinstance(part, Kernel):
-                raise OptionError(f"DeepKernel: {name} is a {type(part).__name__}; pass a gpytorch.kernels.Kernel.")
+                raise OptionError(
+                    f"DeepKernel: {name} is a {type(part).__name__}; pass a gpytorch.kernels.Kernel."
+                )
         if num_features is None:
             num_features = getattr(extractor, "out_features", None)
         if input_dims is None:
             input_dims = getattr(extractor, "input_dims", 1 if plain is not None else None)
         if plain is not None and input_dims != 1:
             raise OptionError(
-                f"DeepKernel: a plain kernel acts on tables [n, d], but this extractor reads rows of {input_dims} "
-                "dimensions; leave plain=None."
+                f"DeepKernel: a plain kernel acts on tables [n, d], but this extractor reads rows of "
+                f"{input_dims} dimensions; leave plain=None."
             )
         self.extractor = extractor
         self.base = base.double()
@@ -163,7 +166,7 @@ class DeepKernel(Kernel):
             return self.base
         if self.num_features is None:
             raise OptionError(
-                "DeepKernel: the number of features is not known yet; pass num_features=, or call embed on data first."
+                "DeepKernel: the number of features is not known yet; pass num_features= or embed data first."
             )
         return SplitKernel(self.base, self.plain, self.num_features)
 
@@ -197,7 +200,7 @@ class DeepKernel(Kernel):
 
     @torch.no_grad()
     def fix_statistics(self, x: Tensor, chunk: int = 8192) -> None:
-        """Set the feature statistics exactly to those of x (two passes over chunks of rows along dimension 0)."""
+        """Set the feature statistics exactly to those of x, read in chunks of rows along dimension 0."""
         x = self._select(x)
         was_training = self.extractor.training
         self.extractor.eval()
@@ -211,7 +214,9 @@ class DeepKernel(Kernel):
     def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **params) -> Tensor:  # type: ignore[no-untyped-def]
         """Covariance `[..., n, m]` or its diagonal, computed in float64, returned in the dtype of x1."""
         if params.pop("last_dim_is_batch", False):
-            raise OptionError("DeepKernel: last_dim_is_batch has no meaning here; put structure kernels inside base.")
+            raise OptionError(
+                "DeepKernel: last_dim_is_batch has no meaning; put structure kernels inside base."
+            )
         same = x1 is x2 or (x1.shape == x2.shape and torch.equal(x1, x2))
         raw1 = self.raw_features(x1)
         raw2 = raw1 if same else self.raw_features(x2)

@@ -6,6 +6,7 @@ Each has `config` (the constructor's arguments, JSON-able), `out_features` and `
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +29,9 @@ _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
 
 def _activation(name: str) -> tuple[Callable[[Tensor], Tensor], float]:
     if name not in _ACTIVATIONS:
-        raise OptionError(f"activation={name!r} does not exist; choose one of {', '.join(sorted(_ACTIVATIONS))}.")
+        raise OptionError(
+            f"activation={name!r} does not exist; choose one of {', '.join(sorted(_ACTIVATIONS))}."
+        )
     return _ACTIVATIONS[name]
 
 
@@ -61,7 +64,7 @@ class MLP(nn.Module):
         }
         self.out_features = out_features
         self._act, _ = _activation(activation)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch k"]:
         """Features of the rows of x."""
@@ -188,7 +191,7 @@ class ConvNet(nn.Module):
         self._act, _ = _activation(activation)
         sizes = [in_channels, *channels]
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(a, b, kernel_size, padding=kernel_size // 2) for a, b in zip(sizes[:-1], sizes[1:], strict=True)
+            nn.Conv2d(a, b, kernel_size, padding=kernel_size // 2) for a, b in pairwise(sizes)
         )
         self.output = nn.Linear(2 * sizes[-1], out_features)
 
@@ -241,7 +244,9 @@ class CausalConv(nn.Module):
         }
         self.out_features = out_features
         self.input = nn.Conv1d(in_features, channels, 1)
-        self.gates = nn.ModuleList(nn.Conv1d(channels, 2 * channels, kernel_size, dilation=r) for r in dilations)
+        self.gates = nn.ModuleList(
+            nn.Conv1d(channels, 2 * channels, kernel_size, dilation=r) for r in dilations
+        )
         self.residuals = nn.ModuleList(nn.Conv1d(channels, channels, 1) for _ in dilations)
         self.skips = nn.ModuleList(nn.Conv1d(channels, channels, 1) for _ in dilations)
         self.output = nn.Sequential(nn.SiLU(), nn.Conv1d(channels, out_features, 1))
@@ -263,7 +268,9 @@ class CausalConv(nn.Module):
             h = h + residual(unit)
         return self.output(skip).transpose(-2, -1)
 
-    def forward(self, x: Float[Tensor, "n t d"], lengths: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n k"]:
+    def forward(
+        self, x: Float[Tensor, "n t d"], lengths: Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, "n k"]:
         """Features at the last valid step. Raises DataError for an empty sequence or NaN within one."""
         if x.dim() != 3 or x.shape[-1] != self.config["in_features"]:
             raise DataError(
@@ -275,12 +282,16 @@ class CausalConv(nn.Module):
             filled = ~x.isnan().all(-1)
             lengths = torch.where(filled, time + 1, 0).amax(-1) if t else torch.zeros(n, dtype=torch.long)
         elif lengths.shape != (n,) or bool((lengths > t).any()):
-            raise DataError(f"CausalConv: lengths must be {n} numbers of at most {t}; got {lengths.tolist()[:10]}.")
+            raise DataError(
+                f"CausalConv: lengths must be {n} numbers of at most {t}; got {lengths.tolist()[:10]}."
+            )
         lengths = lengths.to(x.device)
         valid = (time < lengths[:, None])[..., None]
         x = torch.where(valid, x, 0.0)  # what stands in the padding is never read, not even as NaN
         bad = (lengths < 1) | x.isnan().any(-1).any(-1)
         if bool(bad.any()):
             row = int(bad.nonzero()[0])
-            raise DataError(f"CausalConv: sequence {row} is empty or holds NaN before its end; remove or fill it in.")
+            raise DataError(
+                f"CausalConv: sequence {row} is empty or holds NaN before its end; remove or fill it in."
+            )
         return self.steps(x)[torch.arange(n, device=x.device), lengths - 1]

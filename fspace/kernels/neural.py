@@ -19,7 +19,7 @@ class _ArcCosine(torch.autograd.Function):
     """J(c) = (sin t + (pi - t) cos t) / pi with c = cos t.
 
     Its derivative 1 - t / pi is finite everywhere, but composed from arccos and sqrt it would be inf - inf at c = 1,
-    which is where every diagonal entry lies. Rounding may push c past 1; J is flat along that direction, see below.
+    which is where every diagonal entry lies. Where rounding pushes c past 1 it counts as 1.
     """
 
     @staticmethod
@@ -57,8 +57,8 @@ class NeuralKernel(Kernel):
     """Covariance of the outputs of a random network with `depth` infinitely wide hidden layers.
 
     Layer by layer K_0 = s_b + s_w <x, x'> / d and K_l = s_b + s_w E[act(u) act(v)], (u, v) ~ N(0, K_{l-1}), where
-    s_w = weight_variance and s_b = bias_variance; a finite network of width H draws its weights from N(0, s_w / fan-in)
-    and biases from N(0, s_b). With `ard_num_dims` the inputs are first divided by one lengthscale each.
+    s_w = weight_variance and s_b = bias_variance; a finite network draws its weights from N(0, s_w / fan-in) and its
+    biases from N(0, s_b). With `ard_num_dims` the inputs are first divided by one lengthscale each.
     Not stationary: it grows linearly (relu) or saturates (erf) away from the origin. Scale it by a ScaleKernel.
 
     Raises: OptionError for an unknown activation or a depth below 1.
@@ -77,9 +77,13 @@ class NeuralKernel(Kernel):
         **kwargs: Any,
     ):
         if activation not in _STEPS:
-            raise OptionError(f"NeuralKernel: activation={activation!r} does not exist; choose 'relu' or 'erf'.")
+            raise OptionError(
+                f"NeuralKernel: activation={activation!r} does not exist; choose 'relu' or 'erf'."
+            )
         if depth < 1:
-            raise OptionError(f"NeuralKernel: depth={depth} hidden layers; at least 1 (a LinearKernel has none).")
+            raise OptionError(
+                f"NeuralKernel: depth={depth} hidden layers; at least 1 (a LinearKernel has none)."
+            )
         self.has_lengthscale = ard_num_dims is not None
         super().__init__(ard_num_dims=ard_num_dims, **kwargs)
         self.depth = depth
@@ -136,7 +140,9 @@ class NeuralKernel(Kernel):
     ) -> Float[Tensor, "*batch n m"] | Float[Tensor, "*batch n"]:
         """Covariance `[..., n, m]`, or its diagonal `[..., n]`."""
         if last_dim_is_batch:
-            raise OptionError("NeuralKernel: last_dim_is_batch is not supported; use active_dims on a sum of kernels.")
+            raise OptionError(
+                "NeuralKernel: last_dim_is_batch is not supported; sum kernels with active_dims."
+            )
         if self.has_lengthscale:
             x1, x2 = x1 / self.lengthscale, x2 / self.lengthscale
         s_w, s_b = self.weight_variance, self.bias_variance
