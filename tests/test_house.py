@@ -64,7 +64,7 @@ def test_root_links_lead_into_the_package(link):
 
 def test_import_is_light():
     code = f"import sys, fspace; print([m for m in {HEAVY!r} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]", "import fspace also imports these heavy modules"
 
@@ -72,7 +72,7 @@ def test_import_is_light():
 def test_public_names_are_there():
     """Every name that `fspace.__all__` promises can be had, the lazy ones too."""
     code = "import fspace; assert fspace.__all__; [getattr(fspace, name) for name in fspace.__all__]"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 
