@@ -128,6 +128,11 @@ class TableEncoder:
         """For each encoded column, the position of the input column it came from."""
         return [i for i, names in enumerate(self._names_out()) for _ in names]
 
+    @property
+    def levels(self) -> list[list[Any] | None]:
+        """For each input column its categories, or None for numbers."""
+        return [list(column["levels"]) if "levels" in column else None for column in self._columns]
+
     def state(self) -> dict[str, Any]:
         """All that was learnt, ready for JSON."""
         return {
