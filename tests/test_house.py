@@ -1,5 +1,7 @@
 """The built package holds each file once, and `import fspace` stays light."""
 
+import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -110,3 +112,20 @@ def test_benchmark_page_shows_the_latest_results():
     command = [sys.executable, str(ROOT / "benchmarks" / "make_docs.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_readme_example_runs(tmp_path):
+    """The Python block of the README, as it stands, in an empty folder."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    script = tmp_path / "example.py"
+    script.write_text(block)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "diabetes.fspace").exists()
+    assert (
+        -7 < float(re.findall(r"-\d+\.\d+", done.stdout)[0]) < -4
+    )  # nats; a constant Gaussian has about -5.7
