@@ -1,0 +1,152 @@
+"""Titsias' collapsed bound from statistics that add over rows, so that memory does not grow with their number.
+
+With Phi = sum k_u(x) k_u(x)', b = sum k_u(x) y, yy = sum y^2, kappa = sum k(x, x), L L' = K_uu, A = L^-1 Phi L^-T and
+B = I + A / s2, the bound of one output is
+    F = -N/2 log(2 pi s2) - 1/2 log|B| - yy / (2 s2) + b' L^-T B^-1 L^-1 b / (2 s2^2) - (kappa - tr A) / (2 s2).
+Source: Titsias (2009), eq. 9; statistics as in Gal et al. (2014).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from gpytorch.kernels import Kernel
+from jaxtyping import Float
+from torch import Tensor
+
+from fspace.inference.basis import FIRST_JITTER, Basis, Site
+from fspace.inference.numerics import cholesky, solve_lower
+from fspace.kernels.deep import embed, embedded_kernel
+from fspace.kernels.evaluate import covariance, diagonal
+
+CHUNK = 4096  # rows whose kernel block is in memory at once
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums over rows. Shapes: outer [m, m] (Phi), cross [m, t] (b), squares [t] (yy), trace scalar (kappa)."""
+
+    outer: Float[Tensor, "m m"]
+    cross: Float[Tensor, "m t"]
+    squares: Float[Tensor, " t"]
+    trace: Float[Tensor, ""]
+    count: int
+
+    def __add__(self, other: Statistics) -> Statistics:
+        return Statistics(
+            self.outer + other.outer,
+            self.cross + other.cross,
+            self.squares + other.squares,
+            self.trace + other.trace,
+            self.count + other.count,
+        )
+
+
+def chunks(x: Tensor, y: Float[Tensor, "n t"], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Blocks of at most `size` rows of x and y, in order."""
+    for start in range(0, y.shape[0], size):
+        yield x[start : start + size], y[start : start + size]
+
+
+def statistics(kernel: Kernel, inducing_inputs: Float[Tensor, "m p"], x: Tensor, y: Float[Tensor, "n t"]) -> Statistics:
+    """Statistics of one block of rows, differentiable. Shapes: x [n, d], y [n, t], inducing inputs embedded [m, p]."""
+    z, inner = embed(kernel, x), embedded_kernel(kernel)
+    cross = covariance(inner, inducing_inputs, z)
+    return Statistics(cross @ cross.mT, cross @ y, y.square().sum(0), diagonal(inner, z).sum(), y.shape[0])
+
+
+def gather(
+    kernel: Kernel, inducing_inputs: Float[Tensor, "m p"], x: Tensor, y: Float[Tensor, "n t"], chunk: int = CHUNK
+) -> Statistics:
+    """Statistics of all rows, block by block: memory O(m^2 + m chunk) beside x and y themselves."""
+    with torch.no_grad():
+        blocks = (statistics(kernel, inducing_inputs, xc, yc) for xc, yc in chunks(x, y, chunk))
+        total = next(blocks)
+        for block in blocks:
+            total = total + block
+    return total
+
+
+def bound_from(
+    stats: Statistics, kuu: Float[Tensor, "m m"], noise: Float[Tensor, " t"], scale: float = 1.0
+) -> Float[Tensor, ""]:
+    """The collapsed bound (nats), summed over outputs; `scale` multiplies the statistics (minibatches: N / batch).
+
+    Shapes: kuu [m, m], noise [t] variances. Raises NumericalError when K_uu cannot be factorised.
+    """
+    factor, _ = cholesky(kuu, "kernel matrix of the inducing inputs", FIRST_JITTER)
+    a = scale * solve_lower(factor, solve_lower(factor, stats.outer).mT)
+    identity = torch.eye(a.shape[0], dtype=a.dtype, device=a.device)
+    inner, _ = cholesky(identity + a / noise[:, None, None], "I + A / noise")
+    c = solve_lower(inner, scale * solve_lower(factor, stats.cross).T[..., None])[..., 0] / noise[:, None]
+    n = scale * stats.count
+    value = (
+        -0.5 * n * torch.log(2.0 * math.pi * noise)
+        - inner.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        - 0.5 * scale * stats.squares / noise
+        + 0.5 * c.square().sum(-1)
+        - 0.5 * (scale * stats.trace - a.diagonal().sum()) / noise
+    )
+    return value.sum()
+
+
+def backward_bound(
+    kernel: Kernel,
+    inducing_inputs: Float[Tensor, "m p"],
+    noise: Float[Tensor, " t"],
+    x: Tensor,
+    y: Float[Tensor, "n t"],
+    chunk: int = CHUNK,
+) -> float:
+    """Value of the bound over all rows; its exact gradients are added to `.grad` of all parameters involved.
+
+    Two passes: one gathers the statistics without a graph, one sends the gradient with respect to them through each
+    block, so that memory stays O(m^2 + m chunk) whatever the number of rows.
+    """
+    fixed = gather(kernel, inducing_inputs, x, y, chunk)
+    leaves = [t.clone().requires_grad_() for t in (fixed.outer, fixed.cross, fixed.trace)]
+    kuu = covariance(embedded_kernel(kernel), inducing_inputs)
+    value = bound_from(Statistics(leaves[0], leaves[1], fixed.squares, leaves[2], fixed.count), kuu, noise)
+    inputs_need_it = inducing_inputs.requires_grad and not inducing_inputs.is_leaf
+    value.backward(retain_graph=inputs_need_it)
+    outer, cross, trace = (leaf.grad for leaf in leaves)
+    for xc, yc in chunks(x, y, chunk):
+        block = statistics(kernel, inducing_inputs, xc, yc)
+        share = (outer * block.outer).sum() + (cross * block.cross).sum() + trace * block.trace
+        share.backward(retain_graph=inputs_need_it)
+    return value.item()
+
+
+def site_from(basis: Basis, stats: Statistics, site_id: str = "data") -> Site:
+    """The exact site of Gaussian observations: Lambda = L^-1 Phi L^-T / s2, b = L^-1 cross / s2."""
+    with torch.no_grad():
+        noise, factor = basis.noise, basis.factor
+        a = solve_lower(factor, solve_lower(factor, stats.outer).mT)
+        precision = 0.5 * (a + a.mT) / noise[:, None, None]
+        shift = solve_lower(factor, stats.cross).T / noise[:, None]
+        log_scale = (
+            -0.5 * stats.count * torch.log(2.0 * math.pi * noise)
+            - 0.5 * stats.squares / noise
+            - 0.5 * (stats.trace - a.diagonal().sum()) / noise
+        )
+    return Site(basis.id, precision, shift, log_scale, stats.count, site_id)
+
+
+def fit_site(basis: Basis, x: Tensor, y: Float[Tensor, "n t"], chunk: int = CHUNK, site_id: str = "data") -> Site:
+    """The site that all rows of x [n, d], y [n, t] make together."""
+    return site_from(basis, gather(basis.kernel, basis.inducing_inputs, x, y, chunk), site_id)
+
+
+def log_evidence(sites: Sequence[Site]) -> float:
+    """Log evidence (the collapsed bound, nats) of the product of all sites: for one site equal to `bound_from`."""
+    total = sites[0]
+    for site in sites[1:]:
+        total = total + site
+    identity = torch.eye(total.shift.shape[-1], dtype=total.shift.dtype, device=total.shift.device)
+    inner, _ = cholesky(identity + total.precision, "I + site precision")
+    c = solve_lower(inner, total.shift[..., None])[..., 0]
+    value = total.log_scale + 0.5 * c.square().sum(-1) - inner.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return value.sum().item()

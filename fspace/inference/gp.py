@@ -1,0 +1,155 @@
+"""The posterior over functions that a basis and its site define, in the units of the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fspace.errors import DataError
+from fspace.inference.basis import Basis, Site
+from fspace.inference.collapsed import fit_site
+from fspace.inference.numerics import cholesky, full_precision, solve_lower
+from fspace.inference.paths import prior_path
+from fspace.kernels.deep import embedded_kernel
+from fspace.kernels.evaluate import covariance
+from fspace.posterior import FunctionDraws, FunctionPosterior
+from fspace.predictive import Gaussian, generator_for
+
+CHUNK = 4096  # rows predicted at once
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """From the units of the data to those of the model: Yeo-Johnson with one lambda a column (1: none), then affine.
+
+    Shapes: unit, power, shift, scale [d]; y_shift, y_scale [t]. Source: Yeo and Johnson (2000), eq. 2.1.
+    """
+
+    unit: Float[Tensor, " d"]
+    power: Float[Tensor, " d"]
+    shift: Float[Tensor, " d"]
+    scale: Float[Tensor, " d"]
+    y_shift: Float[Tensor, " t"]
+    y_scale: Float[Tensor, " t"]
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Scaled inputs, same shape."""
+        x = x / self.unit
+        if bool((self.power != 1).any()):
+            x = yeo_johnson(x, self.power)
+        return (x - self.shift) / self.scale
+
+
+def yeo_johnson(x: Float[Tensor, "*b d"], power: Float[Tensor, " d"]) -> Float[Tensor, "*b d"]:
+    """Yeo-Johnson transform, differentiable in x, column by column. Source: Yeo and Johnson (2000), eq. 2.1."""
+    up, down = torch.log1p(x.clamp(min=0.0)), torch.log1p((-x).clamp(min=0.0))
+    other = 2.0 - power
+    safe_power = torch.where(power.abs() < 1e-8, torch.ones_like(power), power)
+    safe_other = torch.where(other.abs() < 1e-8, torch.ones_like(other), other)
+    positive = torch.where(power.abs() < 1e-8, up, torch.expm1(safe_power * up) / safe_power)
+    negative = torch.where(other.abs() < 1e-8, -down, -torch.expm1(safe_other * down) / safe_other)
+    return torch.where(x >= 0, positive, negative)
+
+
+class GPPosterior(FunctionPosterior):
+    """Gaussian process posterior from a basis, the (summed) site and the scaling of inputs and outputs."""
+
+    def __init__(self, basis: Basis, site: Site, scaling: Scaling, vector: bool = True):
+        self.basis, self.site, self.scaling = basis, site, scaling
+        self.num_outputs = site.shift.shape[0]
+        self.num_inputs = scaling.shift.shape[0]
+        self.vector = vector and self.num_outputs == 1  # y is [n], not [n, 1]
+        eye = torch.eye(site.shift.shape[-1], dtype=site.shift.dtype, device=site.shift.device)
+        self._inner, _ = cholesky(eye + site.precision, "I + site precision")
+        self._mean_weights = solve_lower(self._inner, site.shift[..., None])
+
+    @property
+    def noise_variance(self) -> Float[Tensor, " t"]:
+        """Noise variance of every output, in squared units of y."""
+        return self.basis.noise * self.scaling.y_scale.square()
+
+    def _inputs(self, x: Any) -> Tensor:
+        x = torch.as_tensor(x, dtype=torch.float64, device=self.site.shift.device)
+        if x.ndim < 2 or x.shape[-1] != self.num_inputs:
+            raise DataError(f"x must have shape [n, {self.num_inputs}]; it has {tuple(x.shape)}.")
+        return self.basis.embed(self.scaling.inputs(x))
+
+    def _project(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """v [..., m, n], w [..., t, m, n] and the mean [..., t, n] at embedded inputs."""
+        v = self.basis.whiten(z)
+        w = solve_lower(self._inner, v[..., None, :, :])
+        return v, w, (w.mT @ self._mean_weights)[..., 0]
+
+    def _moments(self, x: Tensor, noise: bool) -> Gaussian:
+        with full_precision():
+            z = self._inputs(x)
+            means, variances = [], []
+            for part in z.split(CHUNK, dim=-2):
+                v, w, mean = self._project(part)
+                prior = self.basis.prior_variance(part)[..., None, :]
+                means.append(mean)
+                variances.append((prior - v.square().sum(-2)[..., None, :] + w.square().sum(-2)).clamp(min=0.0))
+            mean, variance = torch.cat(means, dim=-1), torch.cat(variances, dim=-1)
+        y_scale = self.scaling.y_scale
+        aleatoric = (self.noise_variance[:, None] if noise else torch.zeros_like(y_scale)[:, None]).expand_as(mean)
+        mean = mean * y_scale[:, None] + self.scaling.y_shift[:, None]
+        variance = variance * y_scale.square()[:, None] + aleatoric
+
+        def joint() -> Tensor:
+            with full_precision():
+                v, w, _ = self._project(z)
+                k = covariance(embedded_kernel(self.basis.kernel), z)
+                total = (k - v.mT @ v)[..., None, :, :] + w.mT @ w
+                total = total * y_scale.square()[:, None, None]
+                total = 0.5 * (total + total.mT) + torch.diag_embed(aleatoric)
+                return total[..., 0, :, :] if self.vector else total
+
+        if self.vector:
+            return Gaussian(mean[..., 0, :], variance[..., 0, :], joint, aleatoric[..., 0, :])
+        return Gaussian(mean.mT, variance.mT, joint, aleatoric.mT, outputs=self.num_outputs)
+
+    def latent(self, x: Any) -> Gaussian:
+        """Predictive of f at x [..., n, d]; mean and variance in chunks, covariance only when asked for."""
+        return self._moments(x, noise=False)
+
+    def observed(self, x: Any) -> Gaussian:
+        """Predictive of y at x [..., n, d]: f plus noise."""
+        return self._moments(x, noise=True)
+
+    def draw(self, n: int = 1, seed: int | None = None) -> FunctionDraws:
+        """n functions by pathwise conditioning. Source: Wilson et al. (2020), eq. 9."""
+        generator = generator_for(seed, self.site.shift.device)
+        return FunctionDraws([self._path(generator) for _ in range(n)])
+
+    def _path(self, generator: torch.Generator):  # type: ignore[no-untyped-def]
+        inducing, factor = self.basis.inducing_inputs, self.basis.factor
+        prior = prior_path(embedded_kernel(self.basis.kernel), inducing.shape[-1], self.num_outputs, generator)
+        white = torch.randn(self.site.shift.shape, generator=generator, dtype=factor.dtype, device=factor.device)
+        # a draw of the whitened inducing values: B^-1 b plus noise of covariance B^-1, B = inner inner'
+        v = torch.linalg.solve_triangular(self._inner.mT, self._mean_weights + white[..., None], upper=True)[..., 0]
+        with torch.no_grad():
+            correction = v - solve_lower(factor, prior(inducing).T).T
+
+        def function(x: Any) -> Tensor:
+            z = self._inputs(x)
+            values = prior(z) + correction @ self.basis.whiten(z)
+            values = values * self.scaling.y_scale[:, None] + self.scaling.y_shift[:, None]
+            return values[0] if self.vector else values.mT
+
+        return function
+
+    def condition(self, x: Any, y: Any) -> GPPosterior:
+        """Also seeing y [n] or [n, t] at x [n, d]: the new rows become inducing inputs and one more site."""
+        x = torch.as_tensor(x, dtype=torch.float64, device=self.site.shift.device)
+        y = torch.as_tensor(y, dtype=torch.float64, device=x.device).reshape(len(x), -1)
+        if y.shape[1] != self.num_outputs:
+            raise DataError(f"y must have {self.num_outputs} outputs; it has {y.shape[1]}.")
+        scaled = self.scaling.inputs(x)
+        with torch.no_grad():
+            basis = self.basis.grown(self.basis.embed(scaled))
+            site = fit_site(basis, scaled, (y - self.scaling.y_shift) / self.scaling.y_scale, site_id="condition")
+        return GPPosterior(basis, self.site.padded(basis) + site, self.scaling, self.vector)
