@@ -301,7 +301,9 @@ def draws_along(
         ax.set_xticks(places, ticks, rotation=30 if len("".join(ticks)) > 45 else 0)
         ax.set_xlim(-0.6, len(places) - 0.4)
     finish(ax, f"Along {title}, other inputs as in a typical row", title, name)
-    legend(ax, loc="best")
+    bottom, top = ax.get_ylim()  # room for the legend above the curves
+    ax.set_ylim(bottom, top + 0.12 * (top - bottom))
+    legend(ax, loc="upper left", ncols=5, columnspacing=1.1, handlelength=1.3, handletextpad=0.5)
     return ax
 
 

@@ -1,0 +1,357 @@
+"""report.html: one self-contained page about one fitted model, readable without a network."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import plots
+from .canvas import array
+from .scores import SCORES, baseline_scores, regression_scores, shown
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MOST_INPUTS = 3  # function draws along so many of the most relevant inputs
+MOST_OUTPUTS = 4  # of a multi-output model, so many are drawn
+MOST_ROWS = 2_000  # rows from which the typical row and the ranges of the inputs are taken
+
+CAPTIONS = {
+    "observed": (
+        "Each point is one row that the model has not seen: its prediction to the right, what was "
+        "observed upwards. The dashed line is a perfect prediction; orange points lie outside their "
+        "interval."
+    ),
+    "calibration": (
+        "An interval with a stated probability of 90% should hold 90% of the observations, and so for"
+        " every probability. Below the diagonal the model is too sure, above it too cautious; within "
+        "the grey band the difference may be chance."
+    ),
+    "residuals": (
+        "Where the model says that it is unsure, errors should be larger: the blue line should follow"
+        " the dashed diagonal. A narrow range of predicted deviations means that the model sees the "
+        "same noise everywhere."
+    ),
+    "training": (
+        "The loss that the fit lowered, stage by stage; dashed, the loss on a part held out from "
+        "training, with its best point marked."
+    ),
+    "relevance": (
+        "How strongly the fitted function varies with each input, as a share of one. It tells what "
+        "the model uses, not what causes what."
+    ),
+    "draws": (
+        "Functions drawn from the posterior while one input moves and the others stay as in a typical"
+        " row. Where they part, the data do not decide. The strokes at the bottom are the data."
+    ),
+}
+
+MEAN_ONLY = (
+    "<p class='note'>\"Mean only\" predicts the training targets' mean and standard deviation for every row. "
+    "Errors and widths are in the units of the target, and so are the densities.</p>"
+)
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    model: Any,
+    X: Any,
+    y: Any,
+    *,
+    X_train: Any = None,
+    y_train: Any = None,
+    targets: Sequence[str] = ("y",),
+    title: str | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the page about a fitted estimator and return its path.
+
+    X, y: rows held out from the fit (None: the page goes without what needs them). X_train, y_train: for the
+    function draws and the baseline. facts: further lines of the table "What was fitted".
+    """
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    page = report_html(
+        model, X, y, X_train=X_train, y_train=y_train, targets=targets, title=title, facts=facts
+    )
+    file.write_text(page, encoding="utf-8")
+    return file
+
+
+def report_html(
+    model: Any,
+    X: Any,
+    y: Any,
+    *,
+    X_train: Any = None,
+    y_train: Any = None,
+    targets: Sequence[str] = ("y",),
+    title: str | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> str:
+    """The page as text; arguments as for `write_report`."""
+    title = title or f"{', '.join(targets)}: Gaussian process regression"
+    parts = [f"<h1>{escape(title)}</h1>"]
+    if X is not None:
+        predictive = model.predictive(X)
+        outputs = range(len(targets))
+        scores = [regression_scores(y, predictive, output=k) for k in outputs]
+        base = [baseline_scores(y, y_train, output=k) for k in outputs] if y_train is not None else []
+        parts.append(_lead(len(array(y)), y_train, facts))
+        table = _score_table(targets, scores, base)
+        if len(targets) == 1:
+            parts.append(_cards(scores[0]) + "<h2>How good are the predictions?</h2>")
+            figures = _diagnostics(y, predictive, 0, targets[0])
+            parts.append(_grid([*figures, f"<figure>{table}</figure>"]))
+        else:
+            parts.append("<h2>How good are the predictions?</h2>" + table)
+            for k, target in enumerate(targets[:MOST_OUTPUTS]):
+                figures = _diagnostics(y, predictive, k, target)
+                parts.append(f"<h2>{escape(target)}</h2>" + _grid(figures, "trio"))
+        if len(targets) > MOST_OUTPUTS:
+            parts.append(f"<p class='note'>The first {MOST_OUTPUTS} of {len(targets)} outputs are drawn.</p>")
+    else:
+        parts.append(
+            "<p class='lead'>The model was fitted on all rows; none was held out, so nothing here measures "
+            "its predictions.</p>"
+        )
+    parts.append(_learnt(model, X_train if X_train is not None else X, targets))
+    parts.append("<h2>How was it fitted?</h2>" + _choice_table(getattr(model, "choice_", None)))
+    history = list(getattr(model, "history_", None) or [])
+    if history:
+        parts.append(_grid([_figure("training", plots.training_curve, history)]))
+    parts.append(_facts_table(model, facts))
+    return PAGE.format(title=escape(title), style=STYLE, body="\n".join(part for part in parts if part))
+
+
+# ---- parts of the page -----------------------------------------------------------------------------
+
+
+def _lead(n: int, y_train: Any, facts: Mapping[str, Any] | None) -> str:
+    data = f" of {escape(str(facts['data']))}" if facts and "data" in facts else ""
+    fitted = f"Fitted on {len(array(y_train)):,} rows{data}; " if y_train is not None else ""
+    text = f"{fitted}everything below is measured on {n:,} further rows that the fit has not seen."
+    return f"<p class='lead'>{text[0].upper() + text[1:]}</p>"
+
+
+def _cards(scores: Mapping[str, float]) -> str:
+    names = {key: name for key, name, _ in SCORES}
+    cards = [
+        f"<div class='card'><div class='value'>{shown(key, scores[key])}</div><div>{names[key]}</div></div>"
+        for key in ("rmse", "r2", "log_likelihood", "coverage_90")
+    ]
+    return f"<div class='cards'>{''.join(cards)}</div>"
+
+
+def _score_table(
+    targets: Sequence[str], scores: Sequence[Mapping[str, float]], base: Sequence[Mapping[str, float]]
+) -> str:
+    """Scores down, targets across, each beside what the training mean and spread alone score."""
+    head = "".join(
+        f"<th>{escape(target) if len(targets) > 1 else 'this model'}</th>"
+        + ("<th class='dim'>mean only</th>" if base else "")
+        for target in targets
+    )
+    rows = []
+    for key, name, _ in SCORES:
+        cells = ""
+        for k in range(len(targets)):
+            cells += f"<td>{shown(key, scores[k][key])}</td>"
+            cells += f"<td class='dim'>{shown(key, base[k][key])}</td>" if base else ""
+        rows.append(f"<tr><th>{name}</th>{cells}</tr>")
+    note = MEAN_ONLY if base else ""
+    return f"<div class='wide'><table><tr><th></th>{head}</tr>{''.join(rows)}</table></div>{note}"
+
+
+def _diagnostics(y: Any, predictive: Any, output: int, target: str) -> list[str]:
+    return [
+        _figure("observed", plots.predicted_vs_observed, y, predictive, output=output, name=target),
+        _figure("calibration", plots.calibration, y, predictive, output=output),
+        _figure("residuals", plots.residuals_vs_std, y, predictive, output=output),
+    ]
+
+
+def _learnt(model: Any, X: Any, targets: Sequence[str]) -> str:
+    """Relevance, and draws along the most relevant inputs. Images and sequences have no single inputs."""
+    encoder = getattr(model, "encoder_", None)
+    values = getattr(model, "relevance_", None)
+    if encoder is None or values is None or X is None or len(encoder.source_columns) == 0:
+        return ""
+    share = input_relevance(encoder, array(values))
+    names = encoder.feature_names
+    figures = [_figure("relevance", plots.relevance, names, share)] if len(names) > 1 else []
+    rows = _some_rows(X)
+    order = [int(i) for i in np.argsort(-share, kind="stable")[:MOST_INPUTS]]
+    draws = [
+        [_figure("draws", plots.draws_along, model, rows, i, output=k, name=target) for i in order]
+        for k, target in enumerate(targets[:MOST_OUTPUTS])
+    ]
+    if len(targets) == 1:
+        return "<h2>What did it learn?</h2>" + _grid(figures + draws[0])
+    return "<h2>What did it learn?</h2>" + _grid(figures) + "".join(_grid(row, "trio") for row in draws)
+
+
+def input_relevance(encoder: Any, values: np.ndarray) -> np.ndarray:
+    """Relevance of the input columns: the levels of one category summed."""
+    share = np.zeros(encoder.n_features_in_)
+    if len(values) == len(share):
+        return np.asarray(values, dtype=np.float64)
+    np.add.at(share, encoder.source_columns, values)
+    return share
+
+
+def _choice_table(choice: Any) -> str:
+    """What kernel="auto" compared, best first, with bars for the differences."""
+    scores, chosen = choice_scores(choice)
+    if len(scores) < 2:
+        return ""
+    best, worst = max(scores.values()), min(scores.values())
+    rows = []
+    for name, score in sorted(scores.items(), key=lambda item: -item[1]):
+        width = 100.0 if best == worst else 8 + 92 * (score - worst) / (best - worst)
+        mark = " class='chosen'" if name == chosen else ""
+        rows.append(
+            f"<tr{mark}><th>{escape(name)}{' (chosen)' if name == chosen else ''}</th><td>{score:.5g}</td>"
+            f"<td class='bar'><span style='width:{width:.0f}%'></span></td></tr>"
+        )
+    return (
+        "<p>The kernel was chosen from the training data alone, by its mean log predictive score (more is "
+        "better).</p><div class='wide'><table><tr><th>kernel</th><th>score</th><th></th></tr>"
+        f"{''.join(rows)}</table></div>"
+    )
+
+
+def choice_scores(choice: Any) -> tuple[dict[str, float], str | None]:
+    """(name to score, name chosen) of an estimator's `choice_`; empty where nothing was compared."""
+    if not isinstance(choice, Mapping):
+        return {}, None
+    table = choice.get("scores", choice)
+    scores = {str(name): float(score) for name, score in table.items() if isinstance(score, int | float)}
+    chosen = choice.get("chosen")
+    return scores, str(chosen) if chosen is not None else max(
+        scores, key=lambda name: scores[name], default=None
+    )
+
+
+def _facts_table(model: Any, facts: Mapping[str, Any] | None) -> str:
+    lines: dict[str, Any] = dict(facts or {})
+    for name, value in sorted(model.get_params().items()) if hasattr(model, "get_params") else []:
+        lines.setdefault(name, value)
+    evidence = getattr(model, "log_evidence_", None)
+    if evidence is not None:
+        lines["log evidence (training)"] = f"{float(evidence):.6g}"
+    rows = "".join(
+        f"<tr><th>{escape(str(name))}</th><td>{escape(_brief(value))}</td></tr>"
+        for name, value in lines.items()
+    )
+    table = f"<div class='wide'><table class='facts'>{rows}</table></div>"
+    return f"<details><summary>All settings</summary>{table}</details>"
+
+
+def _brief(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 160 else text[:159] + "…"
+
+
+def _some_rows(X: Any) -> Any:
+    n = len(X) if hasattr(X, "__len__") else X.shape[0]
+    if n <= MOST_ROWS:
+        return X
+    keep = np.sort(np.random.default_rng(0).choice(n, MOST_ROWS, replace=False))
+    return X.iloc[keep] if hasattr(X, "iloc") else X[keep]
+
+
+# ---- figures ---------------------------------------------------------------------------------------
+
+
+def _figure(caption: str, draw: Callable[..., Axes], *args: Any, **options: Any) -> str:
+    """One picture inside the page, sharp on dense screens, with its reading aid."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    ax = draw(*args, ax=figure.add_subplot(), **options)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    picture = base64.b64encode(buffer.getvalue()).decode("ascii")
+    alt = escape(ax.get_title(loc="left"), quote=True)
+    image = f"<img alt='{alt}' src='data:image/png;base64,{picture}'>"
+    return f"<figure>{image}<figcaption>{CAPTIONS[caption]}</figcaption></figure>"
+
+
+def _grid(figures: Sequence[str], kind: str = "grid") -> str:
+    """Figures in rows; a caption that one before it had is left out."""
+    seen: set[str] = set()
+    kept = []
+    for figure in figures:
+        picture, mark, caption = figure.partition("<figcaption>")
+        kept.append(picture + "</figure>" if mark and caption in seen else figure)
+        seen.add(caption)
+    return f"<div class='{kind}'>{''.join(kept)}</div>"
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+{body}
+<footer>Made by fspace. This page needs no network: every picture is inside the file.</footer>
+</main>
+</body>
+</html>
+"""
+
+STYLE = """
+:root { --ink: #1f2933; --soft: #52606d; --line: #e4e9ee; --blue: #2f6690; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #f4f6f8; color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+main { max-width: 1180px; margin: 0 auto; padding: 40px 28px 60px; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
+h2 { font-size: 1.25rem; margin: 2.4rem 0 .8rem; }
+.lead { color: var(--soft); font-size: 1.05rem; margin: 0 0 1.4rem; }
+.note { color: var(--soft); font-size: .88rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 14px; }
+.card { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 16px 18px;
+  color: var(--soft); font-size: .9rem; }
+.card .value { font-size: 1.65rem; font-weight: 650; color: var(--blue); letter-spacing: -.02em; }
+.grid, .trio { display: grid; gap: 18px; }
+.grid { grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); }
+.grid + .trio, .trio + .trio { margin-top: 18px; }
+.trio { grid-template-columns: repeat(auto-fit, minmax(min(330px, 100%), 1fr)); }
+figure .wide { border: 0; padding: 0 6px; margin: 0; }
+figure .note { padding: 0 6px; }
+figure { margin: 0; background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 14px; }
+figure img { width: 100%; max-width: 680px; height: auto; display: block; margin: 0 auto; }
+figcaption { color: var(--soft); font-size: .86rem; line-height: 1.45; padding: 10px 4px 0; }
+.wide { overflow-x: auto; background: #fff; border: 1px solid var(--line); border-radius: 12px;
+  padding: 6px 18px; margin-bottom: 14px; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: 8px 12px; border-bottom: 1px solid var(--line); font-weight: 400; }
+tr:last-child > * { border-bottom: 0; }
+tr > th:first-child { text-align: left; color: var(--soft); padding-left: 0; }
+tr:first-child > th { color: var(--soft); font-size: .86rem; }
+.dim { color: #8a94a0; }
+.facts td { text-align: left; overflow-wrap: anywhere; }
+.facts tr:first-child > th { font-size: inherit; }
+.chosen > * { font-weight: 650; color: var(--blue) !important; }
+.bar { width: 45%; }
+.bar span { display: block; height: 10px; border-radius: 5px; background: #a9c8de; }
+.chosen .bar span { background: var(--blue); }
+details { margin-top: 18px; }
+summary { cursor: pointer; color: var(--soft); margin-bottom: 10px; }
+footer { margin-top: 48px; color: #8a94a0; font-size: .82rem; }
+@media print { body { background: #fff; } figure { break-inside: avoid; } }
+"""
