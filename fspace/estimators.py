@@ -1,0 +1,210 @@
+"""The scikit-learn front: fit a Gaussian process regression with one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gpytorch.kernels import Kernel
+from sklearn.base import BaseEstimator, RegressorMixin
+from torch import Tensor
+
+from fspace.data import TableEncoder, check_target
+from fspace.errors import DataError, NotFittedError, OptionError
+from fspace.inference.candidates import (
+    EXACT_ROWS,
+    Fitted,
+    Plan,
+    choose,
+    fit_deep,
+    fit_plain,
+    input_scaling,
+    named_kernel,
+)
+from fspace.inference.numerics import pick_device, pick_dtype
+from fspace.kernels.deep import DeepKernel
+from fspace.posterior import FunctionPosterior, MixturePosterior, Predictive
+
+KERNELS = ("auto", "deep", "matern", "rbf", "neural")
+
+
+class GPRegressor(RegressorMixin, BaseEstimator):
+    """Gaussian process regression with deep or plain kernels, exact or sparse.
+
+    kernel: "auto" (the data choose between plain and deep), "deep", "matern", "rbf", "neural" (infinitely wide
+        network), or a gpytorch kernel, which sees standardised inputs.
+    inference: "auto", "exact" (Cholesky over all rows), or "collapsed" (Titsias' bound).
+    likelihood: "gaussian".
+    inducing: most inducing inputs of the collapsed posterior.
+    members: deep kernels in the ensemble.
+    categories, missing: as in `TableEncoder`; missing="impute" fills NaN.
+    device: "auto", "cpu", "cuda". dtype: of networks; GP algebra is float64.
+    seed: the same seed gives the same fit on the same machine. progress: "auto" (a bar on a terminal) or False.
+
+    After fit: posterior_, log_evidence_ (nats, standardised y, of the first member), history_, choice_, relevance_.
+    """
+
+    def __init__(
+        self,
+        kernel: str | Kernel = "auto",
+        inference: str = "auto",
+        likelihood: str = "gaussian",
+        inducing: int = 512,
+        members: int = 3,
+        categories: list[str] | None = None,
+        missing: str = "error",
+        device: str = "auto",
+        dtype: str = "float32",
+        seed: int = 0,
+        progress: str | bool = "auto",
+    ):
+        self.kernel = kernel
+        self.inference = inference
+        self.likelihood = likelihood
+        self.inducing = inducing
+        self.members = members
+        self.categories = categories
+        self.missing = missing
+        self.device = device
+        self.dtype = dtype
+        self.seed = seed
+        self.progress = progress
+
+    def fit(self, X: Any, y: Any) -> GPRegressor:
+        """Fit to X [n, d] and y [n] or [n, t]. Raises a FspaceError for data or options that cannot be used."""
+        self._check_options()
+        device, dtype = pick_device(self.device), pick_dtype(self.dtype)
+        encoder = TableEncoder(self.categories, self.missing, owner=type(self).__name__)
+        x = np.asarray(encoder.fit_transform(X), dtype=np.float64)
+        if x.ndim != 2:
+            raise DataError(f"X has shape {list(x.shape)}; this estimator reads tables [n, columns].")
+        target = check_target(y, len(x))
+        if len(x) < 2:
+            raise DataError("X has 1 sample (n_samples=1); a fit needs at least 2 rows.")
+        columns = target.reshape(len(x), -1)
+        shift = columns.mean(axis=0)
+        spread = (columns - shift).std(axis=0)
+        scale = np.where(spread > 1e-13 * np.maximum(np.abs(shift), 1e-300), spread, 1.0)
+        tensor = lambda a: torch.as_tensor(a, dtype=torch.float64, device=device)  # noqa: E731
+        self.history_: list[dict[str, Any]] = []
+        plan = Plan(
+            x=tensor(x),
+            y=tensor((columns - shift) / scale),
+            y_shift=tensor(shift),
+            y_scale=tensor(scale),
+            vector=target.ndim == 1,
+            exact=self.inference == "exact" or (self.inference == "auto" and len(x) <= EXACT_ROWS),
+            inducing=min(self.inducing, len(x)),
+            dtype=dtype,
+            seed=self.seed,
+            steps=60,
+            record=self._recorder(),
+        )
+        fits = self._fit(plan, x)
+        self.encoder_ = encoder
+        self.n_features_in_ = encoder.n_features_in_
+        if hasattr(encoder, "feature_names_in_"):
+            self.feature_names_in_ = encoder.feature_names_in_
+        self.log_evidence_ = fits[0].log_evidence
+        posteriors = [fit.posterior for fit in fits]
+        self.posterior_: FunctionPosterior = posteriors[0] if len(posteriors) == 1 else MixturePosterior(posteriors)
+        self.relevance_ = _relevance(self.posterior_, plan.x)
+        return self
+
+    def _fit(self, plan: Plan, x: np.ndarray) -> list[Fitted]:
+        if self.kernel == "auto":
+            fits, self.choice_ = choose(plan, self.members)
+            return fits
+        scaling = input_scaling(x, warp=False)
+        if self.kernel == "deep" or isinstance(self.kernel, DeepKernel):
+            kernel = self.kernel if isinstance(self.kernel, DeepKernel) else None
+            fits = [fit_deep(plan, kernel, scaling, k, f"deep {k + 1}") for k in range(self.members)]
+        else:
+            import copy
+
+            kernel = (
+                copy.deepcopy(self.kernel).double()
+                if isinstance(self.kernel, Kernel)
+                else named_kernel(self.kernel, x.shape[1])
+            )
+            fits = [fit_plain(plan, kernel, scaling, "kernel")]
+        name = self.kernel if isinstance(self.kernel, str) else type(self.kernel).__name__
+        self.choice_ = {"scores": {name: fits[0].score}, "chosen": name, "unit": "log density a row, standardised y"}
+        return fits
+
+    def _recorder(self) -> Any:
+        def record(**entry: Any) -> None:
+            self.history_.append({"step": len(self.history_), **entry})
+
+        return record
+
+    def _check_options(self) -> None:
+        if isinstance(self.kernel, str) and self.kernel not in KERNELS:
+            raise OptionError(f"kernel={self.kernel!r} does not exist; choose one of {', '.join(KERNELS)} or pass a gpytorch kernel.")
+        if not isinstance(self.kernel, str | Kernel):
+            raise OptionError(f"kernel is a {type(self.kernel).__name__}; pass a name or a gpytorch kernel.")
+        if self.inference not in ("auto", "exact", "collapsed"):
+            raise OptionError(f"inference={self.inference!r} does not exist; choose 'auto', 'exact' or 'collapsed'.")
+        if self.likelihood != "gaussian":
+            raise OptionError(f"likelihood={self.likelihood!r} does not exist; only 'gaussian' does so far.")
+        for name in ("inducing", "members"):
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer) or value < 1:
+                raise OptionError(f"{name}={value!r} must be a whole number of at least 1.")
+
+    def _encoded(self, X: Any) -> Tensor:
+        if not hasattr(self, "posterior_"):
+            raise NotFittedError(f"This {type(self).__name__} instance is not fitted yet. Call 'fit' first.")
+        return torch.as_tensor(np.asarray(self.encoder_.transform(X), dtype=np.float64))
+
+    def predictive(self, X: Any) -> Predictive:
+        """Distribution of y at X [n, d]: mean, variance, log_prob, quantile, interval, samples."""
+        return self.posterior_.observed(self._encoded(X))
+
+    @torch.no_grad()
+    def predict(self, X: Any, return_std: bool = False, return_cov: bool = False) -> Any:
+        """Mean of y [n] or [n, t]; with return_std also its standard deviation, with return_cov the joint covariance.
+
+        Both include the noise. Raises OptionError when both are asked for.
+        """
+        if return_std and return_cov:
+            raise OptionError("predict gives either return_std or return_cov, not both.")
+        predictive: Any = self.predictive_of(self._encoded(X))
+        mean = predictive.mean.cpu().numpy()
+        if return_std:
+            return mean, predictive.stddev.cpu().numpy()
+        return (mean, predictive.covariance.cpu().numpy()) if return_cov else mean
+
+    def predictive_of(self, x: Tensor) -> Predictive:
+        """Distribution of y at encoded inputs [n, d]."""
+        return self.posterior_.observed(x)
+
+    def predict_proba(self, X: Any, thresholds: Any) -> np.ndarray:
+        """P(y <= threshold) at every row, for a threshold or one a row."""
+        predictive: Any = self.predictive(X)
+        y = torch.as_tensor(thresholds, dtype=torch.float64, device=predictive.mean.device)
+        return predictive.cdf(y.expand_as(predictive.mean)).cpu().numpy()
+
+    @torch.no_grad()
+    def sample_y(self, X: Any, n_samples: int = 1, random_state: int | None = 0) -> np.ndarray:
+        """Joint samples of y: [n, n_samples], or [n, t, n_samples]."""
+        return np.moveaxis(self.predictive(X).rsample(n_samples, random_state).cpu().numpy(), 0, -1)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the fitted model to one file (safetensors and JSON; nothing in it can run code)."""
+        from fspace.saving import save
+
+        return save(self, path)
+
+
+def _relevance(posterior: FunctionPosterior, x: Tensor) -> np.ndarray:
+    """Share of each encoded column in the function: mean squared slope of the mean times the column's spread."""
+    pick = x[:: max(1, len(x) // 200)].clone().requires_grad_()
+    posterior.latent(pick).mean.sum().backward()
+    assert pick.grad is not None
+    share = (pick.grad * x.std(dim=0)).square().mean(dim=0).sqrt().nan_to_num(0.0)
+    total = share.sum()
+    share = share / total if total > 0 else torch.full_like(share, 1.0 / len(share))
+    return share.cpu().numpy()
