@@ -72,6 +72,11 @@ class GPRegressor(RegressorMixin, BaseEstimator):
         self.seed = seed
         self.progress = progress
 
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
     def fit(self, X: Any, y: Any) -> GPRegressor:
         """Fit to X [n, d] and y [n] or [n, t]. Raises a FspaceError for data or options that cannot be used."""
         self._check_options()
@@ -87,7 +92,7 @@ class GPRegressor(RegressorMixin, BaseEstimator):
         shift = columns.mean(axis=0)
         spread = (columns - shift).std(axis=0)
         scale = np.where(spread > 1e-13 * np.maximum(np.abs(shift), 1e-300), spread, 1.0)
-        tensor = lambda a: torch.as_tensor(a, dtype=torch.float64, device=device)  # noqa: E731
+        tensor = lambda a: torch.tensor(a, dtype=torch.float64, device=device)  # noqa: E731
         self.history_: list[dict[str, Any]] = []
         plan = Plan(
             x=tensor(x),
@@ -171,17 +176,13 @@ class GPRegressor(RegressorMixin, BaseEstimator):
         """
         if return_std and return_cov:
             raise OptionError("predict gives either return_std or return_cov, not both.")
-        predictive: Any = self.predictive_of(self._encoded(X))
+        predictive: Any = self.predictive(X)
         mean = predictive.mean.cpu().numpy()
         if return_std:
             return mean, predictive.stddev.cpu().numpy()
         return (mean, predictive.covariance.cpu().numpy()) if return_cov else mean
 
-    def predictive_of(self, x: Tensor) -> Predictive:
-        """Distribution of y at encoded inputs [n, d]."""
-        return self.posterior_.observed(x)
-
-    def predict_proba(self, X: Any, thresholds: Any) -> np.ndarray:
+    def predict_cdf(self, X: Any, thresholds: Any) -> np.ndarray:
         """P(y <= threshold) at every row, for a threshold or one a row."""
         predictive: Any = self.predictive(X)
         y = torch.as_tensor(thresholds, dtype=torch.float64, device=predictive.mean.device)

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -63,6 +64,7 @@ class Predictive(ABC):
         """Marginal log density of every entry of y, y-shaped. Raises DataError when y has another shape."""
 
     def _check(self, y: Any) -> Tensor:
+        y = y if isinstance(y, Tensor) else np.asarray(y)
         y = torch.as_tensor(y, dtype=self.mean.dtype, device=self.mean.device)
         if y.ndim and y.shape != self.mean.shape:
             raise DataError(f"y has shape {tuple(y.shape)}, but the prediction has shape {tuple(self.mean.shape)}.")
