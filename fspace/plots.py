@@ -256,6 +256,8 @@ def draws_along(
     column: number). Shown with the mean, the central interval of f and that of y, and where the data lie.
     Categories and inputs with two values are drawn as points, one place each.
     """
+    import torch
+
     posterior, encoded, columns, labels, title = _source(model, X, column)
     centre = typical_row(encoded)
     values = encoded[:, columns]
@@ -273,14 +275,14 @@ def draws_along(
         levels, ticks = places[:, None], None
     rows = np.repeat(centre[None, :], len(places), axis=0)
     rows[:, columns] = levels
-    x = _tensor(rows)
-    latent, observed = posterior.latent(x), posterior.observed(x)
-    functions = array(posterior.draw(draws, seed=seed)(x))
-    if functions.ndim == 3:
-        functions = functions[..., output]
-    mean = column_of(latent.mean, output)
-    inner = [column_of(bound, output) for bound in latent.interval(level)]
-    outer = [column_of(bound, output) for bound in observed.interval(level)]
+    x = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float64))
+    with torch.no_grad():
+        latent, observed = posterior.latent(x), posterior.observed(x)
+        functions = array(posterior.draw(draws, seed=seed)(x))
+        mean = column_of(latent.mean, output)
+        inner = [column_of(bound, output) for bound in latent.interval(level)]
+        outer = [column_of(bound, output) for bound in observed.interval(level)]
+    functions = functions[..., output] if functions.ndim == 3 else functions
     ax = new_axes(ax)
     if ticks is None:
         ax.fill_between(places, *outer, color="#e3ebf1", lw=0, label=f"{level:.0%} of y")
@@ -350,9 +352,3 @@ def _level_labels(levels: NDArray, labels: list[str]) -> list[str]:
     if labels:
         return labels
     return [f"{level[0]:g}" for level in levels]
-
-
-def _tensor(rows: NDArray) -> Any:
-    import torch
-
-    return torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float64))

@@ -59,28 +59,11 @@ MEAN_ONLY = (
 )
 
 
-def write_report(
-    path: str | os.PathLike[str],
-    model: Any,
-    X: Any,
-    y: Any,
-    *,
-    X_train: Any = None,
-    y_train: Any = None,
-    targets: Sequence[str] = ("y",),
-    title: str | None = None,
-    facts: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write the page about a fitted estimator and return its path.
-
-    X, y: rows held out from the fit (None: the page goes without what needs them). X_train, y_train: for the
-    function draws and the baseline. facts: further lines of the table "What was fitted".
-    """
+def write_report(path: str | os.PathLike[str], model: Any, X: Any, y: Any, **options: Any) -> Path:
+    """Write the page about a fitted estimator and return its path; X, y and options as for `report_html`."""
     file = Path(path)
+    page = report_html(model, X, y, **options)
     file.parent.mkdir(parents=True, exist_ok=True)
-    page = report_html(
-        model, X, y, X_train=X_train, y_train=y_train, targets=targets, title=title, facts=facts
-    )
     file.write_text(page, encoding="utf-8")
     return file
 
@@ -90,17 +73,23 @@ def report_html(
     X: Any,
     y: Any,
     *,
+    predictive: Any = None,
     X_train: Any = None,
     y_train: Any = None,
     targets: Sequence[str] = ("y",),
     title: str | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> str:
-    """The page as text; arguments as for `write_report`."""
+    """The page about a fitted estimator, as text.
+
+    X, y: rows held out from the fit (None: the page goes without what needs them). predictive: what the model
+    says at X, where it is known already. X_train, y_train: for the function draws and the baseline. targets:
+    names of the outputs. facts: further lines of the table of settings.
+    """
     title = title or f"{', '.join(targets)}: Gaussian process regression"
     parts = [f"<h1>{escape(title)}</h1>"]
     if X is not None:
-        predictive = model.predictive(X)
+        predictive = predictive if predictive is not None else _predictive(model, X)
         outputs = range(len(targets))
         scores = [regression_scores(y, predictive, output=k) for k in outputs]
         base = [baseline_scores(y, y_train, output=k) for k in outputs] if y_train is not None else []
@@ -139,6 +128,13 @@ def _lead(n: int, y_train: Any, facts: Mapping[str, Any] | None) -> str:
     fitted = f"Fitted on {len(array(y_train)):,} rows{data}; " if y_train is not None else ""
     text = f"{fitted}everything below is measured on {n:,} further rows that the fit has not seen."
     return f"<p class='lead'>{text[0].upper() + text[1:]}</p>"
+
+
+def _predictive(model: Any, X: Any) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return model.predictive(X)
 
 
 def _cards(scores: Mapping[str, float]) -> str:

@@ -1,0 +1,153 @@
+"""The terminal: `fspace fit`, `fspace predict`. Heavy imports wait for a command, so help is quick."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="fspace",
+    help="Calibrated predictions from tables: Gaussian processes with deep or plain kernels.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        from fspace import __version__
+
+        typer.echo(f"fspace {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def fit(
+    data: Annotated[
+        str | None, typer.Argument(help="CSV or Parquet file; without it, scikit-learn's diabetes table.")
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Column to predict; several times for several outputs.")
+    ] = None,
+    task: Annotated[str, typer.Option(help="What to predict: regression.")] = "regression",
+    kernel: Annotated[str, typer.Option(help="auto, deep, matern, rbf or neural.")] = "auto",
+    inference: Annotated[str, typer.Option(help="auto, exact or collapsed.")] = "auto",
+    members: Annotated[int | None, typer.Option(help="Deep kernels in the ensemble.")] = None,
+    inducing: Annotated[int | None, typer.Option(help="Most inducing inputs of a sparse posterior.")] = None,
+    categorical: Annotated[list[str] | None, typer.Option(help="Column to read as a category.")] = None,
+    drop: Annotated[
+        list[str] | None, typer.Option(help="Column to leave out, such as an identifier.")
+    ] = None,
+    missing: Annotated[str, typer.Option(help="What to do with empty cells: error or impute.")] = "error",
+    test_fraction: Annotated[float, typer.Option(help="Share of the rows held out to measure on.")] = 0.2,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same fit on the same machine.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    out: Annotated[
+        str | None, typer.Option(help="Folder for the results; fspace-out, or the next free number after it.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier results in --out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, nothing else.")] = False,
+) -> None:
+    """Fit a table, measure on rows held out, and write model, metrics, predictions and a report.
+
+    A folder that holds earlier results is never written over unless --overwrite is given.
+    """
+    from fspace.runs import FitRun, fit_table
+
+    options: dict[str, Any] = {"kernel": kernel, "inference": inference, "missing": missing, "device": device}
+    options |= {"seed": seed, "members": members, "inducing": inducing}
+    run = FitRun(
+        data=data,
+        targets=target or [],
+        task=task,
+        categorical=categorical or [],
+        drop=drop or [],
+        test_fraction=test_fraction,
+        out=out,
+        overwrite=overwrite,
+        options={name: value for name, value in options.items() if value is not None},
+    )
+    results = fit_table(run, quiet=as_json)
+    if as_json:
+        _print_json(results)
+    else:
+        _print_results(results)
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="A saved model, or the folder that `fspace fit` wrote.")],
+    data: Annotated[str, typer.Argument(help="CSV or Parquet file with the columns of the fit.")],
+    out: Annotated[str, typer.Option(help="CSV or Parquet file to write, by its ending.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier file.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON, nothing else.")] = False,
+) -> None:
+    """Predict every row of a table: mean, standard deviation and the central 90% interval of the target."""
+    from fspace.runs import predict_table
+
+    summary = predict_table(model, data, out, overwrite=overwrite)
+    if as_json:
+        _print_json(summary)
+        return
+    for note in summary["notes"]:
+        typer.echo(note, err=True)
+    typer.echo(f"{summary['rows']:,} predictions (mean, std, lower_90, upper_90) are in {summary['out']}")
+
+
+def _print_json(results: dict[str, Any]) -> None:
+    from fspace.runs import to_json
+
+    typer.echo(to_json(results))
+
+
+def _print_results(results: dict[str, Any]) -> None:
+    """The metrics table, and last the one line that says what to open."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fspace.scores import SCORES, shown
+
+    console = Console()
+    rows = results["rows"]
+    if rows["test"]:
+        table = Table(title=f"{rows['test']:,} rows held out, {rows['train']:,} fitted", title_justify="left")
+        table.add_column("")
+        for name in results["targets"]:
+            table.add_column(name if len(results["targets"]) > 1 else "this model", justify="right")
+            table.add_column("mean only", justify="right", style="dim")
+        for key, name, _ in SCORES:
+            cells = []
+            for target in results["targets"]:
+                cells.append(shown(key, results["metrics"][target][key]))
+                cells.append(shown(key, results["baseline"][target][key]))
+            table.add_row(name, *cells)
+        console.print(table)
+    line = f"Saved model, metrics and predictions; open {results['files']['report']}"
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def main() -> None:
+    """The console script: a FspaceError becomes one red line on stderr and exit status 2."""
+    try:
+        app()
+    except Exception as error:
+        from fspace.errors import FspaceError
+
+        if not isinstance(error, FspaceError):
+            raise
+        from rich.console import Console
+        from rich.text import Text
+
+        message = " ".join(str(error).split())
+        Console(stderr=True).print(Text(f"Error: {message}", style="red"), soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,371 @@
+"""What the terminal's commands do: a file to a folder of results, a model to predictions."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from fspace.canvas import column_of
+from fspace.columns import suggest
+from fspace.data import check_target, load_diabetes_table, read_table, split_target, write_table
+from fspace.errors import DataError, ModelFileError, OptionError
+from fspace.estimators import GPRegressor
+from fspace.report import choice_scores, write_report
+from fspace.scores import baseline_scores, regression_scores
+
+DEFAULT_OUT = "fspace-out"
+MODEL, METRICS, PREDICTIONS, REPORT = "model.fspace", "metrics.json", "predictions.csv", "report.html"
+CHUNK = 20_000  # rows predicted at a time, so that memory does not grow with the table
+
+
+@dataclass
+class FitRun:
+    """One `fspace fit`: where the data come from, what is fitted, where the results go."""
+
+    data: str | None = None
+    targets: Sequence[str] = ()
+    task: str = "regression"
+    categorical: Sequence[str] = ()
+    drop: Sequence[str] = ()
+    test_fraction: float = 0.2
+    out: str | None = None
+    overwrite: bool = False
+    options: dict[str, Any] = field(default_factory=dict)  # of GPRegressor
+
+
+def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
+    """Fit, measure and write everything; returns what metrics.json holds, with the files' paths.
+
+    Raises a FspaceError before the fit for whatever can be known to be wrong by then.
+    """
+    if run.task != "regression":
+        raise OptionError(f"task={run.task!r} does not exist; so far there is 'regression'.")
+    if not 0 <= run.test_fraction < 1:
+        raise OptionError(f"test-fraction={run.test_fraction} must be at least 0 and below 1.")
+    folder = choose_folder(run.out, run.overwrite)
+    inputs, target, source = _load(run)
+    y = check_target(target)
+    y = y[:, 0] if y.shape[1] == 1 else y
+    train, test = _split(len(inputs), run.test_fraction, int(run.options.get("seed", 0)))
+    model = GPRegressor(
+        categories=list(run.categorical) or None, progress=False if quiet else "auto", **run.options
+    )
+    started = time.perf_counter()
+    model.fit(inputs.iloc[train], y[train])
+    seconds = time.perf_counter() - started
+
+    part = folder.with_name(f".{folder.name}.{os.getpid()}")
+    part.mkdir()
+    try:
+        with _patience("measuring and writing the results", quiet):
+            results = _write(part, run, model, seconds, inputs, y, target, source, train, test)
+    finally:  # whatever was written is kept, also where a later file failed
+        if any(part.iterdir()):
+            folder = _publish(part, folder, run)
+        else:
+            part.rmdir()
+    results["files"] = {
+        kind: str(folder / name)
+        for kind, name in (
+            ("model", MODEL),
+            ("metrics", METRICS),
+            ("predictions", PREDICTIONS),
+            ("report", REPORT),
+        )
+        if (folder / name).exists()
+    }
+    return results
+
+
+def _write(
+    part: Path,
+    run: FitRun,
+    model: GPRegressor,
+    seconds: float,
+    inputs: pd.DataFrame,
+    y: np.ndarray,
+    target: pd.DataFrame,
+    source: str,
+    train: np.ndarray,
+    test: np.ndarray,
+) -> dict[str, Any]:
+    """Measure the fitted model and write its files, the model first."""
+    model.save(part / MODEL)
+    names = [str(name) for name in target.columns]
+    scores, chosen = choice_scores(getattr(model, "choice_", None))
+    results: dict[str, Any] = {
+        "data": source,
+        "task": run.task,
+        "targets": names,
+        "rows": {"train": len(train), "test": len(test)},
+        "metrics": {},
+        "baseline": {},
+        "kernel": chosen,
+        "choice": scores,
+        "log_evidence": float(model.log_evidence_),
+        "seconds": round(seconds, 3),
+        "options": {"test_fraction": run.test_fraction, **run.options},
+        "versions": _versions(),
+    }
+    predictive = None
+    if len(test):
+        with torch.no_grad():
+            predictive = model.predictive(inputs.iloc[test])
+            for k, name in enumerate(names):
+                results["metrics"][name] = regression_scores(y[test], predictive, output=k)
+                results["baseline"][name] = baseline_scores(y[test], y[train], output=k)
+            table = _columns(predictive, names)
+        observed = {f"observed{_suffix(name, names)}": target[name].to_numpy()[test] for name in names}
+        table = pd.concat([pd.DataFrame({"row": test, **observed}), table], axis=1)
+        write_table(table, part / PREDICTIONS)
+    (part / METRICS).write_text(to_json(results) + "\n", encoding="utf-8")
+    write_report(
+        part / REPORT,
+        model,
+        inputs.iloc[test] if len(test) else None,
+        y[test] if len(test) else None,
+        predictive=predictive,
+        X_train=inputs.iloc[train],
+        y_train=y[train],
+        targets=names,
+        facts={"data": source, "kernel chosen": chosen, "seconds to fit": f"{seconds:.1f}"},
+    )
+    return results
+
+
+def predict_table(model: str, data: str, out: str, overwrite: bool = False) -> dict[str, Any]:
+    """Predictions of a saved model for each row of a file, written to another; returns a summary.
+
+    Columns are taken by name, in whatever order they stand; others are left out, and the summary says which.
+    """
+    target_file = Path(out)
+    if target_file.exists() and not overwrite:
+        raise OptionError(f"{out!r} exists; give another name, or --overwrite to replace it.")
+    if not target_file.name.lower().endswith((".csv", ".tsv", ".parquet", ".pq")):
+        raise OptionError(f"{out!r}: write to a name that ends in .csv or .parquet.")
+    fitted = load_model(model)
+    table = read_table(data)
+    encoder, notes = fitted.encoder_, []
+    if hasattr(encoder, "feature_names_in_"):
+        known = encoder.feature_names
+        extra = [name for name in table.columns if name not in known]
+        if extra:
+            notes.append(f"Left out, not used by the model: {', '.join(extra)}")
+        table = table[[name for name in known if name in table.columns]]
+    for name, levels in zip(encoder.feature_names, encoder.levels, strict=False):
+        if levels and name in table.columns and all(isinstance(level, str) for level in levels):
+            table = table.assign(
+                **{name: table[name].map(str, na_action="ignore")}
+            )  # 1 read as a number is "1"
+    encoded = encoder.transform(table)
+    names = _output_names(fitted)
+    with torch.no_grad():
+        parts = [
+            _columns(fitted.posterior_.observed(torch.from_numpy(encoded[i : i + CHUNK])), names)
+            for i in range(0, len(encoded), CHUNK)
+        ]
+    partial = target_file.with_name(f".{os.getpid()}.{target_file.name}")
+    write_table(pd.concat(parts, ignore_index=True), partial)
+    os.replace(partial, target_file)
+    return {"rows": len(encoded), "out": str(target_file), "targets": names, "notes": notes}
+
+
+def load_model(path: str) -> Any:
+    """The estimator in a file, or in a folder that `fspace fit` wrote. Raises ModelFileError."""
+    from fspace.saving import load
+
+    file = Path(path)
+    if file.is_dir() and (file / MODEL).exists():
+        file = file / MODEL
+    if not file.exists():
+        raise ModelFileError(
+            f"There is no model {str(file)!r}; `fspace fit` writes one as {DEFAULT_OUT}/{MODEL}."
+        )
+    return load(file)
+
+
+def to_json(results: dict[str, Any]) -> str:
+    """Indented JSON; what is not a finite number becomes null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        if isinstance(value, np.generic):
+            value = value.item()
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(results), indent=2, allow_nan=False, ensure_ascii=False)
+
+
+# ---- the table ---------------------------------------------------------------------------------
+
+
+def _load(run: FitRun) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    """Inputs, targets, and where they come from. Categories know the levels of the whole file."""
+    if run.data is None:
+        table, source = load_diabetes_table(), "scikit-learn's diabetes table"
+        targets = list(run.targets) or ["progression"]
+    else:
+        table, source = read_table(run.data), str(run.data)
+        targets = list(run.targets)
+    names = list(table.columns)
+    if not targets:
+        raise OptionError(f"Say which column to predict: --target COLUMN.{suggest('', names)}")
+    for option, columns in (("--drop", run.drop), ("--categorical", run.categorical)):
+        for column in columns:
+            if column not in names:
+                raise DataError(f"{option} {column}: the table has no such column.{suggest(column, names)}")
+            if column in targets:
+                raise OptionError(f"{option} {column}: that column is the target.")
+    table = table.drop(columns=[name for name in run.drop if name not in targets])
+    for column in run.categorical:
+        if column in table.columns:
+            table[column] = table[column].astype("category")
+    inputs, target = split_target(table, list(dict.fromkeys(targets)))
+    return inputs, target, source
+
+
+def _split(n: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to fit and rows held out, each in the table's order."""
+    if fraction == 0:
+        return np.arange(n), np.arange(0)
+    if n < 3:
+        raise DataError(
+            f"The table has {n} row{'s' * (n > 1)}: too few to fit on some and measure on others. Get more"
+            + (", or fit both without measuring: --test-fraction 0." if n == 2 else ".")
+        )
+    held = min(max(1, round(n * fraction)), n - 2)
+    order = np.random.default_rng(seed).permutation(n)
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+def _columns(predictive: Any, names: Sequence[str]) -> pd.DataFrame:
+    """mean, std, lower_90 and upper_90 of each output."""
+    lower, upper = predictive.interval(0.9)
+    columns = {}
+    for k, name in enumerate(names):
+        values = (
+            ("mean", predictive.mean),
+            ("std", predictive.stddev),
+            ("lower_90", lower),
+            ("upper_90", upper),
+        )
+        for kind, value in values:
+            columns[f"{kind}{_suffix(name, names)}"] = column_of(value, k)
+    return pd.DataFrame(columns)
+
+
+def _suffix(name: str, names: Sequence[str]) -> str:
+    return "" if len(names) == 1 else f"_{name}"
+
+
+def _output_names(model: Any) -> list[str]:
+    names = getattr(model, "target_names_", None)
+    return (
+        [str(name) for name in names]
+        if names is not None
+        else [str(k) for k in range(model.posterior_.num_outputs)]
+    )
+
+
+def _versions() -> dict[str, str]:
+    import gpytorch
+
+    import fspace
+
+    return {
+        "fspace": fspace.__version__,
+        "python": sys.version.split()[0],
+        "torch": str(torch.__version__),
+        "gpytorch": gpytorch.__version__,
+        "numpy": np.__version__,
+    }
+
+
+# ---- the folder --------------------------------------------------------------------------------
+
+
+def choose_folder(out: str | None, overwrite: bool) -> Path:
+    """Where results go. Raises OptionError where that would lose earlier ones or cannot be written."""
+    folder = Path(out if out is not None else DEFAULT_OUT)
+    if folder.exists() and not folder.is_dir():
+        raise OptionError(f"--out {folder}: that is a file; name a folder.")
+    if _taken(folder) and not overwrite:
+        if out is not None:
+            raise OptionError(
+                f"--out {folder}: there is something in it. Name another folder, or give --overwrite to "
+                "replace the results in it."
+            )
+        folder = _next_free(folder)
+    parent = folder.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"--out {folder}: the folder cannot be made ({error.strerror}).") from error
+    if not os.access(parent, os.W_OK):
+        raise OptionError(f"--out {folder}: {parent} cannot be written to.")
+    return folder
+
+
+def _taken(folder: Path) -> bool:
+    return folder.exists() and any(folder.iterdir())
+
+
+def _next_free(folder: Path) -> Path:
+    number = 2
+    while _taken(folder.with_name(f"{DEFAULT_OUT}-{number}")):
+        number += 1
+    return folder.with_name(f"{DEFAULT_OUT}-{number}")
+
+
+def _publish(part: Path, folder: Path, run: FitRun) -> Path:
+    """Move finished files to where they belong; another run may have taken the folder meanwhile."""
+    if _taken(folder) and not run.overwrite:
+        folder = _next_free(folder) if run.out is None else folder.with_name(f"{folder.name}-{os.getpid()}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (MODEL, METRICS, PREDICTIONS, REPORT):  # no file of an earlier run beside those of this one
+        earlier = folder / name
+        if earlier.is_dir():
+            shutil.rmtree(earlier)
+        elif earlier.exists():
+            earlier.unlink()
+    for item in part.iterdir():
+        os.replace(item, folder / item.name)
+    part.rmdir()
+    return folder
+
+
+@contextmanager
+def _patience(what: str, quiet: bool) -> Iterator[None]:
+    """A spinner on a terminal for whatever takes more than two seconds; silence elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield
+        return
+    status = console.status(what)
+    timer = threading.Timer(2.0, status.start)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        status.stop()
