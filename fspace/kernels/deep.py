@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from importlib import import_module
 
 import torch
 from gpytorch.kernels import Kernel
@@ -13,13 +15,23 @@ from torch import Tensor, nn
 from fspace.errors import DataError, OptionError
 
 
+def register_with_botorch() -> None:
+    """Make BoTorch's pathwise sampling know fspace's kernels, if it is there; never imports BoTorch."""
+    if "botorch.sampling.pathwise" in sys.modules:
+        import_module("fspace.kernels.pathwise_botorch")
+
+
 class FeatureNorm(nn.Module):
     """Scale features by running statistics: tracked in training, fixed in evaluation, never clamped.
 
     The statistics are constants for the gradient, so one batch never changes the kernel between its own rows.
-    Features far from the training features stay far. Buffers `mean`, `var` are `[k]` float64 (0-d until the number
-    of features is known).
+    Features far from the training features stay far. Buffers `mean`, `var` are `[k]` float64 (0-d until the
+    number of features is known).
     """
+
+    mean: Tensor
+    var: Tensor
+    seen: Tensor
 
     def __init__(self, num_features: int | None = None, momentum: float = 0.1):
         super().__init__()
@@ -56,7 +68,7 @@ class FeatureNorm(nn.Module):
 
     def forward(self, features: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch n k"]:
         """Return (features - mean) / std in float64."""
-        # The floor is relative: a feature that hardly varies in training must not turn into amplified rounding.
+        # The floor is relative: a feature that hardly varies in training must not become amplified rounding.
         floor = 1e-6 * self.var.mean() + 1e-8
         return (features.to(torch.float64) - self.mean) / (self.var + floor).sqrt()
 
@@ -100,17 +112,17 @@ class DeepKernel(Kernel):
     Args:
         extractor: any torch module mapping `[n, ...]` to `[n, k]`.
         base: any gpytorch kernel for the k features (moved to float64).
-        plain: optional gpytorch kernel for the raw inputs (tables only), added to the deep one; it keeps distance
-            awareness where the network collapses, and makes the deep kernel safe on small tables.
+        plain: optional gpytorch kernel for the raw inputs (tables only), added to the deep one; it keeps
+            distance awareness where the network collapses, and makes the deep kernel safe on small tables.
         num_features: k; needed only for modules without an `out_features` attribute when `plain` is given and
             `on_embedding` is used before any data was seen.
-        input_dims: dimensions of one row (1 table, 2 sequence `[t, d]`, 3 image `[c, h, w]`); read from the extractor
-            when it says so. When unknown the module sees x as it comes.
+        input_dims: dimensions of one row (1 table, 2 sequence `[t, d]`, 3 image `[c, h, w]`); read from the
+            extractor when it says so. When unknown the module sees x as it comes.
         momentum: of the running feature statistics.
 
     Raises: OptionError for parts that do not fit together, DataError for x of the wrong shape.
-    Source: Wilson et al. 2016 (deep kernel learning); the sum with a plain kernel guards against the overfitting
-    shown by Ober et al. 2021.
+    Source: Wilson et al. 2016 (deep kernel learning); the sum with a plain kernel guards against the
+    overfitting shown by Ober et al. 2021.
     """
 
     def __init__(
@@ -148,6 +160,12 @@ class DeepKernel(Kernel):
         self.plain = None if plain is None else plain.double()
         self.input_dims = input_dims
         self.norm = FeatureNorm(num_features, momentum)
+        register_with_botorch()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the kernel on the features; the network may have another."""
+        return self.base.dtype
 
     @property
     def num_features(self) -> int | None:
@@ -189,8 +207,8 @@ class DeepKernel(Kernel):
             return self.extractor(rows)
         if x.dim() < self.input_dims + 1:
             raise DataError(
-                f"DeepKernel: x has shape {tuple(x.shape)}, but the extractor reads rows of {self.input_dims} "
-                f"dimensions; pass a tensor of at least {self.input_dims + 1} dimensions, rows first."
+                f"DeepKernel: x has shape {tuple(x.shape)}, but a row has {self.input_dims} dimensions; pass "
+                f"a tensor of at least {self.input_dims + 1} dimensions, rows first."
             )
         split = x.dim() - self.input_dims
         leading, row = rows.shape[:split], rows.shape[split:]
@@ -248,7 +266,7 @@ class DeepKernel(Kernel):
 
 
 def embed(kernel: Kernel, x: Tensor) -> Tensor:
-    """The float64 inputs on which `embedded_kernel(kernel)` acts: features for a DeepKernel, else x itself."""
+    """Float64 inputs of `embedded_kernel(kernel)`: features for a DeepKernel, else x itself."""
     return kernel.embed(x) if isinstance(kernel, DeepKernel) else x.to(torch.float64)
 
 

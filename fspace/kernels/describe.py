@@ -1,6 +1,6 @@
-"""Kernels as JSON: how one is built, so that it can be rebuilt without pickle. Its parameters travel as state_dict.
+"""Kernels as JSON: how one is built, to be rebuilt without pickle. Its parameters travel as state_dict.
 
-Only classes listed here are ever constructed, so a description from a stranger can do no more than build a kernel.
+Only classes listed here are ever constructed, so a stranger's description can do no more than build a kernel.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import gpytorch
 import torch
@@ -132,8 +132,8 @@ _DTYPES = {
 def kernel_to_spec(kernel: Kernel) -> Spec:
     """Describe how a kernel is built, as a JSON-able dict; its parameters are in `kernel.state_dict()`.
 
-    Raises: ModelFileError for a kernel, prior, constraint that is not on the list (the message names it and its
-    place). A foreign torch module as extractor is noted as custom: it must be handed to `kernel_from_spec`.
+    Raises: ModelFileError for a kernel, prior or constraint that is not on the list (the message names it).
+    A foreign torch module as extractor is noted as custom: it must be handed to `kernel_from_spec`.
     """
     return _kernel_to_spec(kernel, "")
 
@@ -150,8 +150,8 @@ def kernel_from_spec(spec: Mapping[str, Any], modules: Mapping[str, nn.Module] |
         raise
     except Exception as error:  # whatever a damaged description sets off: the caller needs to know just that
         raise ModelFileError(
-            f"The kernel's description cannot be read ({type(error).__name__}: {error}); the file is damaged or was "
-            "not written by fspace. Save the model again from its source."
+            f"The kernel's description cannot be read ({type(error).__name__}: {error}); the file is "
+            "damaged or was not written by fspace. Save the model again from its source."
         ) from error
 
 
@@ -188,9 +188,9 @@ def _kernel_to_spec(kernel: Kernel, path: str) -> Spec:
     else:
         known = ", ".join(sorted([*_KERNELS, *_SUMS, "DeepKernel"]))
         raise ModelFileError(
-            f"The kernel {type(kernel).__module__}.{name}{place} cannot be saved: fspace stores kernels as JSON and "
-            f"knows how to rebuild {known}. Build yours from these, or keep its state_dict yourself and construct it "
-            "in code."
+            f"The kernel {type(kernel).__module__}.{name}{place} cannot be saved: fspace stores kernels as "
+            f"JSON and knows how to rebuild {known}. Build yours from these, or keep its state_dict yourself "
+            "and construct it in code."
         )
     if kernel.active_dims is not None:
         spec["active_dims"] = kernel.active_dims.tolist()
@@ -219,7 +219,8 @@ def _constraint_to_spec(constraint: constraints.Interval, key: str, place: str) 
     name = type(constraint).__name__
     if type(constraint) is not getattr(constraints, name, None) or name not in _CONSTRAINTS:
         raise ModelFileError(
-            f"The constraint {name} of {key}{place} cannot be saved; use one of {', '.join(sorted(_CONSTRAINTS))}."
+            f"The constraint {name} of {key}{place} cannot be saved; use one of "
+            f"{', '.join(sorted(_CONSTRAINTS))}."
         )
     bounds = {bound: _to_json(getattr(constraint, bound)) for bound in _CONSTRAINTS[name]}
     return {"type": name, **bounds, "transform": _transform_name(constraint._transform, key, place)}
@@ -232,7 +233,8 @@ def _transform_name(transform: Any, key: str, place: str) -> str:
         if transform is known:
             return name
     raise ModelFileError(
-        f"The transform {transform!r} of {key}{place} cannot be saved; use one of {', '.join(sorted(_TRANSFORMS))}."
+        f"The transform {transform!r} of {key}{place} cannot be saved; use one of "
+        f"{', '.join(sorted(_TRANSFORMS))}."
     )
 
 
@@ -242,8 +244,8 @@ def _prior_to_spec(kernel: Kernel, prior: priors.Prior, key: str, place: str) ->
     accepted = {*inspect.signature(type(kernel)).parameters, *inspect.signature(Kernel).parameters}
     if not known or getattr(prior, "_transform", None) is not None or key not in accepted:
         raise ModelFileError(
-            f"The prior {key} = {name}{place} cannot be saved; use one of {', '.join(sorted(_PRIORS))} without a "
-            "transform, given to the kernel's constructor, or remove it before saving (predictions do not use it)."
+            f"The prior {key} = {name}{place} cannot be saved; use one of {', '.join(sorted(_PRIORS))} "
+            "without a transform, given to the kernel's constructor, or none (predictions do not use it)."
         )
     return {"type": name, **{arg: _to_json(getattr(prior, arg)) for arg in _PRIORS[name]}}
 
@@ -251,7 +253,7 @@ def _prior_to_spec(kernel: Kernel, prior: priors.Prior, key: str, place: str) ->
 def _module_to_spec(module: nn.Module, path: str) -> Spec:
     name = type(module).__name__
     if type(module) is _EXTRACTORS.get(name):
-        spec: Spec = {"type": name, "args": dict(module.config)}
+        spec: Spec = {"type": name, "args": dict(cast(dict[str, Any], module.config))}
     elif _is_standard(module):
         spec = _layer_to_spec(module)
     else:
@@ -303,8 +305,8 @@ def _kernel_from_spec(spec: Mapping[str, Any], modules: Mapping[str, nn.Module])
         kernel = _KERNELS[name].kind(**children, **args)
     else:
         raise ModelFileError(
-            f"The file holds a kernel of type {name!r}, which this version of fspace does not know; load it with the "
-            "version that saved it."
+            f"The file holds a kernel of type {name!r}, which this version of fspace does not know; load "
+            "it with the version that saved it."
         )
     if "active_dims" in spec:
         kernel.active_dims = torch.tensor(spec["active_dims"], dtype=torch.long)
@@ -343,8 +345,9 @@ def _module_from_spec(spec: Mapping[str, Any], modules: Mapping[str, nn.Module])
     if name == "custom":
         if spec["name"] not in modules:
             raise ModelFileError(
-                f"The model uses a feature extractor of its author's own, {spec['class']}, which a file cannot carry; "
-                f"pass one of the same shape with modules={{{spec['name']!r}: ...}}. Its weights are then loaded."
+                f"The model uses a feature extractor of its author's own, {spec['class']}, which a file "
+                f"cannot carry; pass one of the same shape with modules={{{spec['name']!r}: ...}}; its "
+                "weights are then loaded."
             )
         return modules[spec["name"]]
     if name in _EXTRACTORS:
@@ -363,8 +366,8 @@ def _layer_from_spec(spec: Mapping[str, Any]) -> nn.Module:
         return module
     if name not in _LAYERS:
         raise ModelFileError(
-            f"The file holds a network layer of type {name!r}, which this version of fspace does not know; load it "
-            "with the version that saved it."
+            f"The file holds a network layer of type {name!r}, which this version of fspace does not know; "
+            "load it with the version that saved it."
         )
     args = {arg: tuple(v) if isinstance(v, list) else v for arg, v in spec["args"].items()}
     return getattr(nn, name)(**args)
@@ -380,9 +383,7 @@ def _join(path: str, name: str) -> str:
 def _to_json(value: Tensor | float) -> Any:
     """Numbers as JSON has them: no inf there, so it becomes text."""
     if isinstance(value, Tensor):
-        value = value.tolist()
-    if isinstance(value, list):
-        return [_to_json(part) for part in value]
+        return [_to_json(part) for part in value] if value.dim() else _to_json(value.item())
     return value if math.isfinite(value) else str(value)
 
 

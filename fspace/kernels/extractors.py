@@ -1,6 +1,6 @@
 """Networks that turn a row of a table, an image or a sequence into a few features for a kernel.
 
-Each has `config` (the constructor's arguments, JSON-able), `out_features` and `input_dims` (dimensions of one row).
+Each has `config` (the constructor's arguments, as JSON), `out_features` and `input_dims` (of one row).
 """
 
 from __future__ import annotations
@@ -76,9 +76,12 @@ class MLP(nn.Module):
 class SoftSpectralLinear(nn.Module):
     """Linear map whose weight is divided by max(1, sigma / coeff), sigma its largest singular value.
 
-    sigma comes from power iteration: one step per training pass, none in evaluation (so evaluation is a fixed
-    function of the weights). Source: Miyato et al. 2018; the soft form as in Behrmann et al. 2019 and SNGP.
+    sigma comes from power iteration: one step per training pass, more on leaving training, none in evaluation, so
+    that evaluation is a fixed function. Source: Miyato et al. 2018; the soft form as in Behrmann et al. 2019 and SNGP.
     """
+
+    left: Tensor
+    right: Tensor
 
     def __init__(self, in_features: int, out_features: int, coeff: float = 0.95):
         super().__init__()
@@ -99,6 +102,12 @@ class SoftSpectralLinear(nn.Module):
         # new tensors, not in-place: an earlier pass may still wait for its backward pass
         self.left, self.right = left, right
 
+    def train(self, mode: bool = True) -> SoftSpectralLinear:
+        """Switch between training and evaluation; sigma lags while the weights move and catches up here."""
+        if self.training and not mode:
+            self.power_iteration(20)
+        return super().train(mode)
+
     def normalized_weight(self) -> Float[Tensor, "out in"]:
         """The weight in use; its spectral norm is at most `coeff` once the power iteration has converged."""
         sigma = self.left @ (self.weight @ self.right)
@@ -112,15 +121,16 @@ class SoftSpectralLinear(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """Residual network `[..., d] -> [..., k]` that keeps distances: h + act(W h + b) with ||W|| <= spectral_norm.
+    """Residual network `[..., d] -> [..., k]` that keeps distances: h + act(W h + b), ||W|| <= spectral_norm.
 
-    Every block maps distances into [1 - c, 1 + c] times themselves, c = spectral_norm < 1. The input map is a fixed
-    random isometry (for width >= d), so training cannot collapse it. `out_features=None` hands all `width` features
-    on, which keeps the bound to the end; a smaller `out_features` adds a learnt linear map, which need not.
+    Every block multiplies distances by 1 - c to 1 + c, c = spectral_norm < 1. The input map is a fixed random
+    isometry (for width >= d): training cannot collapse it. `out_features=None` hands all `width` features on,
+    which keeps the bound to the end; a smaller `out_features` adds a learnt linear map, which need not.
     Source: SNGP (Liu et al. 2020), DUE (van Amersfoort et al. 2021).
     """
 
     input_dims: ClassVar[int] = 1
+    isometry: Tensor
 
     def __init__(
         self,
@@ -164,7 +174,7 @@ class ResidualMLP(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Convolutional network for images `[n, c, h, w] -> [n, k]`, any h and w (mean and maximum over positions)."""
+    """Convolutional network for images `[n, c, h, w] -> [n, k]` of any h and w."""
 
     input_dims: ClassVar[int] = 3
 
@@ -195,11 +205,11 @@ class ConvNet(nn.Module):
         )
         self.output = nn.Linear(2 * sizes[-1], out_features)
 
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
-        """Features of the images x; each stage but the last halves the resolution."""
+    def forward(self, x: Tensor) -> Float[Tensor, "n k"]:
+        """Features of images `[n, c, h, w]`: halved by every stage, then mean and maximum over positions."""
         if x.dim() != 4 or x.shape[1] != self.config["in_channels"]:
             raise DataError(
-                f"ConvNet: x has shape {tuple(x.shape)}; expected images [n, {self.config['in_channels']}, h, w]."
+                f"ConvNet: x has shape {tuple(x.shape)}; expected [n, {self.config['in_channels']}, h, w]."
             )
         last = len(self.convolutions) - 1
         for index, convolution in enumerate(self.convolutions):
@@ -212,8 +222,8 @@ class ConvNet(nn.Module):
 class CausalConv(nn.Module):
     """Dilated causal convolutions for sequences `[n, t, d] -> [n, k]`: the features of the last valid step.
 
-    What `steps` says at time s depends on the inputs up to s only. Ragged sequences: give `lengths`, or fill the end
-    of the shorter ones with steps that are NaN throughout.
+    What `steps` says at time s depends on the inputs up to s only. Ragged sequences: give `lengths`, or fill
+    the end of the shorter ones with steps that are NaN throughout.
     Source: WaveNet (van den Oord et al. 2016): gated units, residual and skip connections.
     """
 
@@ -260,21 +270,20 @@ class CausalConv(nn.Module):
         """Features after every step."""
         h = self.input(x.transpose(-2, -1))
         skip = torch.zeros_like(h)
-        for gate, residual, to_skip in zip(self.gates, self.residuals, self.skips, strict=True):
-            padding = (gate.kernel_size[0] - 1) * gate.dilation[0]  # on the left only: nothing looks ahead
+        layers = zip(self.config["dilations"], self.gates, self.residuals, self.skips, strict=True)
+        for dilation, gate, residual, to_skip in layers:
+            padding = (self.config["kernel_size"] - 1) * dilation  # on the left only: nothing looks ahead
             signal, valve = gate(F.pad(h, (padding, 0))).chunk(2, dim=-2)
             unit = torch.tanh(signal) * torch.sigmoid(valve)
             skip = skip + to_skip(unit)
             h = h + residual(unit)
         return self.output(skip).transpose(-2, -1)
 
-    def forward(
-        self, x: Float[Tensor, "n t d"], lengths: Int[Tensor, " n"] | None = None
-    ) -> Float[Tensor, "n k"]:
-        """Features at the last valid step. Raises DataError for an empty sequence or NaN within one."""
+    def forward(self, x: Tensor, lengths: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n k"]:
+        """Features at the last valid step of x `[n, t, d]`; DataError for an empty one or NaN within it."""
         if x.dim() != 3 or x.shape[-1] != self.config["in_features"]:
             raise DataError(
-                f"CausalConv: x has shape {tuple(x.shape)}; expected sequences [n, t, {self.config['in_features']}]."
+                f"CausalConv: x has shape {tuple(x.shape)}; expected [n, t, {self.config['in_features']}]."
             )
         n, t, _ = x.shape
         time = torch.arange(t, device=x.device)

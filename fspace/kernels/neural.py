@@ -13,13 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fspace.errors import OptionError
+from fspace.kernels.deep import register_with_botorch
 
 
 class _ArcCosine(torch.autograd.Function):
     """J(c) = (sin t + (pi - t) cos t) / pi with c = cos t.
 
-    Its derivative 1 - t / pi is finite everywhere, but composed from arccos and sqrt it would be inf - inf at c = 1,
-    which is where every diagonal entry lies. Where rounding pushes c past 1 it counts as 1.
+    Its derivative 1 - t / pi is finite everywhere, but composed from arccos and sqrt it would be inf - inf at
+    c = 1, which is where every diagonal entry lies. Where rounding pushes c past 1 it counts as 1.
     """
 
     @staticmethod
@@ -56,10 +57,10 @@ _STEPS = {"relu": _relu_step, "erf": _erf_step}
 class NeuralKernel(Kernel):
     """Covariance of the outputs of a random network with `depth` infinitely wide hidden layers.
 
-    Layer by layer K_0 = s_b + s_w <x, x'> / d and K_l = s_b + s_w E[act(u) act(v)], (u, v) ~ N(0, K_{l-1}), where
-    s_w = weight_variance and s_b = bias_variance; a finite network draws its weights from N(0, s_w / fan-in) and its
+    K_0 = s_b + s_w <x, x'> / d, then K_l = s_b + s_w E[act(u) act(v)] with (u, v) ~ N(0, K_{l-1}), where
+    s_w = weight_variance and s_b = bias_variance; a finite network has weights from N(0, s_w / fan-in) and
     biases from N(0, s_b). With `ard_num_dims` the inputs are first divided by one lengthscale each.
-    Not stationary: it grows linearly (relu) or saturates (erf) away from the origin. Scale it by a ScaleKernel.
+    Not stationary: it grows (relu) or saturates (erf) away from the origin. Scale it by a ScaleKernel.
 
     Raises: OptionError for an unknown activation or a depth below 1.
     Source: Neal 1996; Williams 1998; Cho & Saul 2009; Lee et al. 2018, equations 4 to 6.
@@ -106,6 +107,7 @@ class NeuralKernel(Kernel):
             self.weight_variance = 2.0
         if bias_variance_constraint is None:
             self.bias_variance = 1.0
+        register_with_botorch()
 
     @property
     def is_stationary(self) -> bool:
