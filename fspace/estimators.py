@@ -46,19 +46,19 @@ class GPRegressor(RegressorMixin, BaseEstimator):
     After fit: posterior_, log_evidence_ (nats, standardised y, of the first member), history_, choice_, relevance_.
     """
 
-    def __init__(
+    def __init__(  # scikit-learn: options are checked in fit, so that they can be set in any order
         self,
-        kernel: str | Kernel = "auto",
-        inference: str = "auto",
-        likelihood: str = "gaussian",
-        inducing: int = 512,
-        members: int = 3,
-        categories: list[str] | None = None,
-        missing: str = "error",
-        device: str = "auto",
-        dtype: str = "float32",
-        seed: int = 0,
-        progress: str | bool = "auto",
+        kernel: Any = "auto",
+        inference: Any = "auto",
+        likelihood: Any = "gaussian",
+        inducing: Any = 512,
+        members: Any = 3,
+        categories: Any = None,
+        missing: Any = "error",
+        device: Any = "auto",
+        dtype: Any = "float32",
+        seed: Any = 0,
+        progress: Any = "auto",
     ):
         self.kernel = kernel
         self.inference = inference
@@ -114,7 +114,9 @@ class GPRegressor(RegressorMixin, BaseEstimator):
             self.feature_names_in_ = encoder.feature_names_in_
         self.log_evidence_ = fits[0].log_evidence
         posteriors = [fit.posterior for fit in fits]
-        self.posterior_: FunctionPosterior = posteriors[0] if len(posteriors) == 1 else MixturePosterior(posteriors)
+        self.posterior_: FunctionPosterior = (
+            posteriors[0] if len(posteriors) == 1 else MixturePosterior(posteriors)
+        )
         self.relevance_ = _relevance(self.posterior_, plan.x)
         return self
 
@@ -136,7 +138,11 @@ class GPRegressor(RegressorMixin, BaseEstimator):
             )
             fits = [fit_plain(plan, kernel, scaling, "kernel")]
         name = self.kernel if isinstance(self.kernel, str) else type(self.kernel).__name__
-        self.choice_ = {"scores": {name: fits[0].score}, "chosen": name, "unit": "log density a row, standardised y"}
+        self.choice_ = {
+            "scores": {name: fits[0].score},
+            "chosen": name,
+            "unit": "log density a row, standardised y",
+        }
         return fits
 
     def _recorder(self) -> Any:
@@ -147,11 +153,15 @@ class GPRegressor(RegressorMixin, BaseEstimator):
 
     def _check_options(self) -> None:
         if isinstance(self.kernel, str) and self.kernel not in KERNELS:
-            raise OptionError(f"kernel={self.kernel!r} does not exist; choose one of {', '.join(KERNELS)} or pass a gpytorch kernel.")
+            raise OptionError(
+                f"kernel={self.kernel!r} does not exist; choose one of {', '.join(KERNELS)} or pass a gpytorch kernel."
+            )
         if not isinstance(self.kernel, str | Kernel):
             raise OptionError(f"kernel is a {type(self.kernel).__name__}; pass a name or a gpytorch kernel.")
         if self.inference not in ("auto", "exact", "collapsed"):
-            raise OptionError(f"inference={self.inference!r} does not exist; choose 'auto', 'exact' or 'collapsed'.")
+            raise OptionError(
+                f"inference={self.inference!r} does not exist; choose 'auto', 'exact' or 'collapsed'."
+            )
         if self.likelihood != "gaussian":
             raise OptionError(f"likelihood={self.likelihood!r} does not exist; only 'gaussian' does so far.")
         for name in ("inducing", "members"):
@@ -162,11 +172,12 @@ class GPRegressor(RegressorMixin, BaseEstimator):
     def _encoded(self, X: Any) -> Tensor:
         if not hasattr(self, "posterior_"):
             raise NotFittedError(f"This {type(self).__name__} instance is not fitted yet. Call 'fit' first.")
-        return torch.as_tensor(np.asarray(self.encoder_.transform(X), dtype=np.float64))
+        return torch.tensor(self.encoder_.transform(X), dtype=torch.float64)
 
     def predictive(self, X: Any) -> Predictive:
         """Distribution of y at X [n, d]: mean, variance, log_prob, quantile, interval, samples."""
-        return self.posterior_.observed(self._encoded(X))
+        x = self._encoded(X)
+        return self.posterior_.observed(x)
 
     @torch.no_grad()
     def predict(self, X: Any, return_std: bool = False, return_cov: bool = False) -> Any:

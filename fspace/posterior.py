@@ -84,7 +84,9 @@ class MixturePosterior(FunctionPosterior):
         self.members = list(members)
         w = torch.ones(len(members)) if weights is None else torch.as_tensor(weights)
         if w.shape != (len(self.members),) or not bool((w >= 0).all()) or not bool(w.sum() > 0):
-            raise OptionError(f"weights must be {len(self.members)} non-negative numbers, not all zero; got {w.tolist()}.")
+            raise OptionError(
+                f"weights must be {len(self.members)} non-negative numbers, not all zero; got {w.tolist()}."
+            )
         self.weights = w.double() / w.sum()
         self.num_outputs, self.num_inputs = members[0].num_outputs, members[0].num_inputs
         if any((m.num_outputs, m.num_inputs) != (self.num_outputs, self.num_inputs) for m in members):
@@ -101,7 +103,9 @@ class MixturePosterior(FunctionPosterior):
         generator = generator_for(seed, torch.device("cpu"))
         picks = torch.multinomial(self.weights, n, replacement=True, generator=generator).tolist()
         seeds = torch.randint(2**31, (len(self.members),), generator=generator).tolist()
-        pools = [list(m.draw(picks.count(k), seeds[k])) if k in picks else [] for k, m in enumerate(self.members)]
+        pools = [
+            list(m.draw(picks.count(k), seeds[k])) if k in picks else [] for k, m in enumerate(self.members)
+        ]
         return FunctionDraws([pools[k].pop() for k in picks])
 
     def condition(self, x: Any, y: Any) -> MixturePosterior:

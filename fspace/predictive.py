@@ -67,7 +67,9 @@ class Predictive(ABC):
         y = y if isinstance(y, Tensor) else np.asarray(y)
         y = torch.as_tensor(y, dtype=self.mean.dtype, device=self.mean.device)
         if y.ndim and y.shape != self.mean.shape:
-            raise DataError(f"y has shape {tuple(y.shape)}, but the prediction has shape {tuple(self.mean.shape)}.")
+            raise DataError(
+                f"y has shape {tuple(y.shape)}, but the prediction has shape {tuple(self.mean.shape)}."
+            )
         return y
 
 
@@ -119,7 +121,9 @@ class Gaussian(_Continuous):
     def covariance(self) -> Tensor:
         """Joint covariance over the points: [n, n], or [t, n, n] with several outputs."""
         if self._covariance is None:
-            raise OptionError("This predictive was made without a joint covariance; only its marginals are known.")
+            raise OptionError(
+                "This predictive was made without a joint covariance; only its marginals are known."
+            )
         if not isinstance(self._covariance, Tensor):
             self._covariance = self._covariance()
         return self._covariance
@@ -147,7 +151,11 @@ class Gaussian(_Continuous):
         """Log density of all points together (summed over outputs), a scalar."""
         y = self._check(y)
         error = (y - self.mean).mT if self.outputs is not None else y - self.mean
-        return torch.distributions.MultivariateNormal(torch.zeros_like(error), self.covariance).log_prob(error).sum()
+        return (
+            torch.distributions.MultivariateNormal(torch.zeros_like(error), self.covariance)
+            .log_prob(error)
+            .sum()
+        )
 
     def cdf(self, y: Any) -> Tensor:
         return _normal_cdf((self._check(y) - self.mean) / self.stddev)
@@ -202,7 +210,9 @@ class Mixture(_Continuous):
         w = torch.ones(len(components)) if weights is None else torch.as_tensor(weights)
         w = w.to(first)
         if w.shape != (len(components),) or not bool((w >= 0).all()) or not bool(w.sum() > 0):
-            raise OptionError(f"weights must be {len(components)} non-negative numbers, not all zero; got {w.tolist()}.")
+            raise OptionError(
+                f"weights must be {len(components)} non-negative numbers, not all zero; got {w.tolist()}."
+            )
         self.weights = w / w.sum()
         self.outputs = self.components[0].outputs
 
@@ -290,7 +300,9 @@ class Samples(_Continuous):
         self.values = values
         self.noise = None
         if noise_variance is not None:
-            self.noise = torch.as_tensor(noise_variance, dtype=values.dtype, device=values.device).expand_as(values)
+            self.noise = torch.as_tensor(noise_variance, dtype=values.dtype, device=values.device).expand_as(
+                values
+            )
         self.mean = values.mean(0)
         self.outputs = values.shape[-1] if values.ndim == 3 else None
 
@@ -321,7 +333,9 @@ class Samples(_Continuous):
 
     def log_prob(self, y: Any) -> Tensor:
         if self.noise is None:
-            raise OptionError("A finite sample without noise has no density; give noise_variance, or use observed().")
+            raise OptionError(
+                "A finite sample without noise has no density; give noise_variance, or use observed()."
+            )
         return self._mixture().log_prob(y)
 
     def cdf(self, y: Any) -> Tensor:
@@ -345,8 +359,12 @@ class Categorical(Predictive):
     """
 
     def __init__(self, probs: Tensor):
-        if bool((probs < 0).any()) or not torch.allclose(probs.sum(-1), torch.ones_like(probs[..., 0]), atol=1e-5):
-            raise DataError("Class probabilities must be non-negative and sum to one over the last dimension.")
+        if bool((probs < 0).any()) or not torch.allclose(
+            probs.sum(-1), torch.ones_like(probs[..., 0]), atol=1e-5
+        ):
+            raise DataError(
+                "Class probabilities must be non-negative and sum to one over the last dimension."
+            )
         self.samples = probs if probs.ndim == 3 else probs[None]
         self.probs: Float[Tensor, "n c"] = self.samples.mean(0)
         self.mean = self.probs
@@ -378,12 +396,18 @@ class Categorical(Predictive):
     def log_prob(self, y: Any) -> Float[Tensor, " n"]:
         """Log probability of integer labels [n]. Raises DataError for labels that are no class."""
         labels = torch.as_tensor(y, device=self.probs.device).long()
-        if labels.shape != self.probs.shape[:1] or bool(((labels < 0) | (labels >= self.probs.shape[1])).any()):
-            raise DataError(f"Labels must be {self.probs.shape[0]} integers from 0 to {self.probs.shape[1] - 1}.")
+        if labels.shape != self.probs.shape[:1] or bool(
+            ((labels < 0) | (labels >= self.probs.shape[1])).any()
+        ):
+            raise DataError(
+                f"Labels must be {self.probs.shape[0]} integers from 0 to {self.probs.shape[1] - 1}."
+            )
         return self.probs.gather(-1, labels[:, None])[:, 0].log()
 
     def rsample(self, n: int = 1, seed: int | None = None) -> Int[Tensor, "k n"]:
         """n draws of labels; one function sample for each, so joint over the points (not differentiable)."""
         generator = generator_for(seed, self.probs.device)
         picks = torch.randint(len(self.samples), (n,), generator=generator, device=self.probs.device)
-        return torch.stack([torch.multinomial(self.samples[i], 1, generator=generator)[:, 0] for i in picks.tolist()])
+        return torch.stack(
+            [torch.multinomial(self.samples[i], 1, generator=generator)[:, 0] for i in picks.tolist()]
+        )

@@ -32,7 +32,9 @@ SCALING = ("unit", "power", "shift", "scale", "y_shift", "y_scale")
 def save(model: GPRegressor, path: str | Path) -> Path:
     """Write a fitted estimator to `path`, in full or not at all. Raises NotFittedError, ModelFileError."""
     if not hasattr(model, "posterior_"):
-        raise NotFittedError("This GPRegressor instance is not fitted yet: there is nothing to save. Call 'fit' first.")
+        raise NotFittedError(
+            "This GPRegressor instance is not fitted yet: there is nothing to save. Call 'fit' first."
+        )
     path = Path(path)
     posterior = model.posterior_
     members = posterior.members if isinstance(posterior, MixturePosterior) else [posterior]
@@ -42,7 +44,8 @@ def save(model: GPRegressor, path: str | Path) -> Path:
         assert isinstance(member, GPPosterior)
         specs.append(_describe(member, f"{i}.", tensors))
     options = {
-        k: v if not isinstance(v, gpytorch.kernels.Kernel) else "auto" for k, v in model.get_params(deep=False).items()
+        k: v if not isinstance(v, gpytorch.kernels.Kernel) else "auto"
+        for k, v in model.get_params(deep=False).items()
     }
     header = {
         "format": FORMAT,
@@ -99,17 +102,27 @@ def load(
     except FileNotFoundError as error:
         raise ModelFileError(f"{path}: no such file.") from error
     except Exception as error:  # zipfile, json and safetensors each raise their own kinds for damaged bytes
-        raise ModelFileError(f"{path} is not a model that fspace saved, or it is damaged ({error}).") from error
+        raise ModelFileError(
+            f"{path} is not a model that fspace saved, or it is damaged ({error})."
+        ) from error
     try:
         if header["format"] != FORMAT:
-            raise ModelFileError(f"{path} has format {header['format']}; this version of fspace reads format {FORMAT}.")
+            raise ModelFileError(
+                f"{path} has format {header['format']}; this version of fspace reads format {FORMAT}."
+            )
         model = GPRegressor(**header["options"])
         model.encoder_ = TableEncoder.from_state(header["encoder"])
         members = [
-            _member(spec, {k.partition(".")[2]: v.to(where) for k, v in tensors.items() if k.startswith(f"{i}.")}, modules)
+            _member(
+                spec,
+                {k.partition(".")[2]: v.to(where) for k, v in tensors.items() if k.startswith(f"{i}.")},
+                modules,
+            )
             for i, spec in enumerate(header["members"])
         ]
-        model.posterior_ = members[0] if header["weights"] is None else MixturePosterior(members, header["weights"])
+        model.posterior_ = (
+            members[0] if header["weights"] is None else MixturePosterior(members, header["weights"])
+        )
         model.log_evidence_ = header["log_evidence"]
         model.history_, model.choice_ = header["history"], header["choice"]
         model.relevance_ = torch.tensor(header["relevance"], dtype=torch.float64).numpy()

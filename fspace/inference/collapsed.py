@@ -120,24 +120,36 @@ def backward_bound(
     return value.item()
 
 
-def site_from(basis: Basis, stats: Statistics, site_id: str = "data") -> Site:
-    """The exact site of Gaussian observations: Lambda = L^-1 Phi L^-T / s2, b = L^-1 cross / s2."""
+def gather_whitened(basis: Basis, x: Tensor, y: Float[Tensor, "n t"], chunk: int = CHUNK) -> Statistics:
+    """Statistics of all rows with L^-1 k_u(x) in place of k_u(x): A is then positive semi-definite by construction,
+    which L^-1 Phi L^-T computed from Phi is not once K_uu is ill-conditioned."""
+    total: Statistics | None = None
     with torch.no_grad():
-        noise, factor = basis.noise, basis.factor
-        a = solve_lower(factor, solve_lower(factor, stats.outer).mT)
-        precision = 0.5 * (a + a.mT) / noise[:, None, None]
-        shift = solve_lower(factor, stats.cross).T / noise[:, None]
-        log_scale = (
-            -0.5 * stats.count * torch.log(2.0 * math.pi * noise)
-            - 0.5 * stats.squares / noise
-            - 0.5 * (stats.trace - a.diagonal().sum()) / noise
-        )
-    return Site(basis.id, precision, shift, log_scale, stats.count, site_id)
+        for xc, yc in chunks(x, y, chunk):
+            z = basis.embed(xc)
+            v = basis.whiten(z)
+            block = Statistics(v @ v.mT, v @ yc, yc.square().sum(0), basis.prior_variance(z).sum(), len(yc))
+            total = block if total is None else total + block
+    assert total is not None
+    return total
+
+
+def site_from(basis: Basis, whitened: Statistics, site_id: str = "data") -> Site:
+    """The exact site of Gaussian observations from whitened statistics: Lambda = A / s2, b = L^-1 cross / s2."""
+    noise = basis.noise
+    precision = whitened.outer / noise[:, None, None]
+    shift = whitened.cross.T / noise[:, None]
+    log_scale = (
+        -0.5 * whitened.count * torch.log(2.0 * math.pi * noise)
+        - 0.5 * whitened.squares / noise
+        - 0.5 * (whitened.trace - whitened.outer.diagonal().sum()) / noise
+    )
+    return Site(basis.id, precision, shift, log_scale, whitened.count, site_id)
 
 
 def fit_site(basis: Basis, x: Tensor, y: Float[Tensor, "n t"], chunk: int = CHUNK, site_id: str = "data") -> Site:
     """The site that all rows of x [n, d], y [n, t] make together."""
-    return site_from(basis, gather(basis.kernel, basis.inducing_inputs, x, y, chunk), site_id)
+    return site_from(basis, gather_whitened(basis, x, y, chunk), site_id)
 
 
 def log_evidence(sites: Sequence[Site]) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fspace.errors import NumericalError
 from fspace.inference.basis import FIRST_JITTER, Basis, Site
-from fspace.inference.collapsed import Statistics, bound_from, gather, log_evidence, site_from
+from fspace.inference.collapsed import Statistics, bound_from, gather_whitened, log_evidence, site_from
 from fspace.inference.exact import leave_one_out, log_marginal_likelihood
 from fspace.inference.inducing import greedy_variance
 from fspace.inference.numerics import cholesky, solve_lower
@@ -112,29 +112,30 @@ def fit_exact(
     lbfgs(loss, parameters, steps, lambda value: record(stage=stage, loss=value))
 
 
-def refit_noise(
-    kernel: Kernel, likelihood: GaussianLikelihood, stats: Statistics, z: Float[Tensor, "m p"]
-) -> Statistics:
-    """Noise and signal variance on all rows: the statistics scale with the signal, so no further pass is needed."""
-    with torch.no_grad():
-        kuu = covariance(embedded_kernel(kernel), z)
-    raw = torch.zeros(1, dtype=torch.float64, device=z.device, requires_grad=True)
+def refit_noise(basis: Basis, whitened: Statistics) -> Statistics:
+    """Noise and signal variance on all rows, set in place; returns the statistics of the basis as it is then.
+
+    Whitened statistics scale with the signal, so no further pass over the rows is needed.
+    """
+    variances = _outputscales(embedded_kernel(basis.kernel))
+    identity = torch.eye(len(whitened.outer), dtype=torch.float64, device=whitened.outer.device)
+    log_scale = torch.zeros(1, dtype=torch.float64, device=identity.device, requires_grad=True)
 
     def scaled() -> Statistics:
-        s = raw.exp()
-        return Statistics(s * s * stats.outer, s * stats.cross, stats.squares, (s * stats.trace).squeeze(), stats.count)
+        s = log_scale.exp()
+        cross = s.sqrt() * whitened.cross
+        return Statistics(s * whitened.outer, cross, whitened.squares, (s * whitened.trace)[0], whitened.count)
 
     def loss() -> Tensor:
-        return -bound_from(scaled(), raw.exp() * kuu, likelihood.noise[..., 0]) / (stats.count * stats.squares.numel())
+        return -bound_from(scaled(), identity, basis.likelihood.noise[..., 0]) / (
+            whitened.count * whitened.squares.numel()
+        )
 
-    variances = _outputscales(embedded_kernel(kernel))
-    parameters = [*likelihood.parameters(), *([raw] if variances else [])]
-    lbfgs(loss, parameters, 25, lambda value: None)
+    lbfgs(loss, [*basis.likelihood.parameters(), *([log_scale] if variances else [])], 25, lambda value: None)
     with torch.no_grad():
-        final = scaled()
         for scale in variances:
-            scale.outputscale = scale.outputscale * raw.exp().squeeze().to(scale.outputscale.dtype)
-        return Statistics(final.outer.detach(), final.cross.detach(), stats.squares, final.trace.detach(), stats.count)
+            scale.outputscale = scale.outputscale * log_scale.exp()[0].to(scale.outputscale.dtype)
+        return scaled()
 
 
 def _outputscales(kernel: Kernel) -> list[Any]:
@@ -300,11 +301,12 @@ def finish(
                 pool = pool[:: max(1, len(pool) // (10 * most))]
             candidates = embed(kernel, x[pool])
             z = candidates[greedy_variance(embedded_kernel(kernel), candidates, most)]
-    stats = gather(kernel, z, x, y)
+    basis = Basis(kernel, z, likelihood)
+    whitened = gather_whitened(basis, x, y)
     if not exact:
-        stats = refit_noise(kernel, likelihood, stats, z)
+        whitened = refit_noise(basis, whitened)
     for p in (*kernel.parameters(), *likelihood.parameters()):
         p.requires_grad_(False)
-    basis = Basis(kernel, z, likelihood)
-    site = site_from(basis, stats)
+    basis = Basis(kernel, z, likelihood)  # a new one: the parameters may have moved
+    site = site_from(basis, whitened)
     return basis, site, log_evidence([site])
