@@ -179,7 +179,7 @@ def require_finite(values: NDArray, names: Sequence[str] | None = None, x: str =
 
 def missing_message(what: str, row: int, column: str | None, count: int, x: str = "X") -> str:
     """What is wrong ("NaN", "infinity", "large"), in scikit-learn's words; where; and the cure."""
-    where = f"Row {row}" + (f", column {column!r}" if column is not None else "")
+    where = f"Row {row}" + (f", column {column!r}" if column is not None else "") + " (rows count from 0)"
     more = f" ({count} such values in all)" if count > 1 else ""
     if what == "NaN":
         cure = " or fill the gaps: missing='impute' (terminal: --missing impute)" if x == "X" else ""

@@ -199,7 +199,9 @@ def training_curve(history: Sequence[dict[str, Any]], *, ax: Axes | None = None)
         ax.set(xticks=[], yticks=[])
     finish(ax, "Training", "step", "loss, each curve on its own scale" if own else "loss")
     if curves:
-        legend(ax, loc="upper right")
+        columns = 1 if len(curves) < 4 else 2
+        _headroom(ax, 0.07 * -(-len(curves) // columns))
+        legend(ax, loc="upper right", ncols=columns)
     return ax
 
 
@@ -293,20 +295,25 @@ def draws_along(
         seen = values[(values[:, 0] >= places[0]) & (values[:, 0] <= places[-1]), 0]
         rug(ax, seen)
     else:
-        ax.vlines(places, *outer, color="#d5e0e9", lw=16, label=f"{level:.0%} of y")
-        ax.vlines(places, *inner, color=PALE, lw=16, label=f"{level:.0%} of f")
-        aside = np.linspace(-0.06, 0.06, len(functions))
+        for (low, high), colour, what in ((outer, "#e3ebf1", "y"), (inner, PALE, "f")):
+            ax.bar(places, high - low, 0.3, low, color=colour, label=f"{level:.0%} of {what}")
+        aside = np.linspace(-0.12, 0.12, len(functions))
         for i, f in enumerate(functions):
             label = "draws of f" if i == 0 else None
             ax.scatter(places + aside[i], f, s=12, color=ORANGE, lw=0, zorder=4, label=label)
-        ax.scatter(places, mean, s=180, marker="_", lw=2, color=INK, zorder=5, label="mean")
+        ax.hlines(mean, places - 0.15, places + 0.15, lw=2, color=INK, zorder=5, label="mean")
         ax.set_xticks(places, ticks, rotation=30 if len("".join(ticks)) > 45 else 0)
         ax.set_xlim(-0.6, len(places) - 0.4)
     finish(ax, f"Along {title}, other inputs as in a typical row", title, name)
-    bottom, top = ax.get_ylim()  # room for the legend above the curves
-    ax.set_ylim(bottom, top + 0.12 * (top - bottom))
+    _headroom(ax, 0.12)
     legend(ax, loc="upper left", ncols=5, columnspacing=1.1, handlelength=1.3, handletextpad=0.5)
     return ax
+
+
+def _headroom(ax: Axes, share: float) -> None:
+    """Room for a legend above the curves."""
+    bottom, top = ax.get_ylim()
+    ax.set_ylim(bottom, top + share * (top - bottom))
 
 
 def typical_row(X: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " d"]:

@@ -217,9 +217,10 @@ def _choice_table(choice: Any) -> str:
             f"<tr{mark}><th>{escape(name)}{' (chosen)' if name == chosen else ''}</th><td>{score:.5g}</td>"
             f"<td class='bar'><span style='width:{width:.0f}%'></span></td></tr>"
         )
+    unit = escape(str(choice.get("unit", "mean log predictive density")))
     return (
-        "<p>The kernel was chosen from the training data alone, by its mean log predictive score (more is "
-        "better).</p><div class='wide'><table><tr><th>kernel</th><th>score</th><th></th></tr>"
+        f"<p>The kernel was chosen from the training data alone. Its score is the {unit}; more is better.</p>"
+        "<div class='wide'><table><tr><th>kernel</th><th>score</th><th></th></tr>"
         f"{''.join(rows)}</table></div>"
     )
 

@@ -21,7 +21,7 @@ import torch
 
 from fspace.canvas import column_of
 from fspace.columns import suggest
-from fspace.data import check_target, load_diabetes_table, read_table, split_target, write_table
+from fspace.data import TableEncoder, check_target, load_diabetes_table, read_table, split_target, write_table
 from fspace.errors import DataError, ModelFileError, OptionError
 from fspace.estimators import GPRegressor
 from fspace.report import choice_scores, write_report
@@ -60,6 +60,8 @@ def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
     inputs, target, source = _load(run)
     y = check_target(target)
     y = y[:, 0] if y.shape[1] == 1 else y
+    # over all rows, so that a bad cell is named by its row in the file, not by its row in the training part
+    TableEncoder(missing=str(run.options.get("missing", "error"))).fit(inputs)
     train, test = _split(len(inputs), run.test_fraction, int(run.options.get("seed", 0)))
     model = GPRegressor(
         categories=list(run.categorical) or None, progress=False if quiet else "auto", **run.options

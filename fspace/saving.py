@@ -144,13 +144,16 @@ def _member(
 
     where = tensors["inducing_inputs"].device
     kernel = kernel_from_spec(spec["kernel"], modules).to(where)
+    kernel.eval().requires_grad_(False)  # first, because going to eval may move a spectral-norm estimate
     kernel.load_state_dict(part("kernel"))
-    kernel.eval().requires_grad_(False)
     likelihood = gaussian_likelihood(spec["outputs"], 0.1, where)
     likelihood.load_state_dict(part("likelihood"))
     likelihood.eval().requires_grad_(False)
     basis = Basis(kernel, tensors["inducing_inputs"], likelihood)
     if basis.id != spec["basis_id"]:
         raise ModelFileError("A saved parameter differs from what was saved (the basis has another id).")
-    site = Site(basis.id, **part("site"), count=spec["count"], site_id=spec["site_id"])
+    natural = part("site")
+    site = Site(
+        basis.id, natural["precision"], natural["shift"], natural["log_scale"], spec["count"], spec["site_id"]
+    )
     return GPPosterior(basis, site, Scaling(**part("scaling")), spec["vector"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from importlib import import_module
+from typing import Any
 
 import torch
 from gpytorch.kernels import Kernel
@@ -95,6 +96,13 @@ class SplitKernel(Kernel):
         """The two component kernels (each knows its own parts)."""
         yield "base", self.base
         yield "plain", self.plain
+
+    def __getitem__(self, index: Any) -> Kernel:
+        """The kernel of one batch element; its batch shape follows from its parts."""
+        part = super().__getitem__(index)
+        if part is not self:
+            part._batch_shape = torch.Size([])
+        return part
 
     def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **params) -> Tensor:  # type: ignore[no-untyped-def]
         """Covariance `[..., n, m]`, or its diagonal `[..., n]`."""
@@ -250,6 +258,13 @@ class DeepKernel(Kernel):
         yield "base", self.base
         if self.plain is not None:
             yield "plain", self.plain
+
+    def __getitem__(self, index: Any) -> Kernel:
+        """The kernel of one batch element; its batch shape follows from its parts."""
+        part = super().__getitem__(index)
+        if part is not self:
+            part._batch_shape = torch.Size([])
+        return part
 
     def _select(self, x: Tensor) -> Tensor:
         return x if self.active_dims is None else x.index_select(-1, self.active_dims)

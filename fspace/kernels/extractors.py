@@ -76,8 +76,8 @@ class MLP(nn.Module):
 class SoftSpectralLinear(nn.Module):
     """Linear map whose weight is divided by max(1, sigma / coeff), sigma its largest singular value.
 
-    sigma comes from power iteration: one step per training pass, more on leaving training, none in evaluation, so
-    that evaluation is a fixed function. Source: Miyato et al. 2018; the soft form as in Behrmann et al. 2019 and SNGP.
+    sigma comes from power iteration: one step per training pass, more on leaving it, none in evaluation,
+    which is a fixed function. Source: Miyato et al. 2018; the soft form: Behrmann et al. 2019.
     """
 
     left: Tensor
