@@ -302,6 +302,9 @@ def _kernel_from_spec(spec: Mapping[str, Any], modules: Mapping[str, nn.Module])
     elif name in _KERNELS:
         if "batch_shape" in args:
             args["batch_shape"] = torch.Size(args["batch_shape"])
+        surplus = args.keys() - {*_KERNELS[name].args, *_KERNELS[name].shared, *spec.get("priors", {})}
+        if surplus:  # gpytorch would swallow them in silence
+            raise ValueError(f"{name} has no arguments {sorted(surplus)}")
         kernel = _KERNELS[name].kind(**children, **args)
     else:
         raise ModelFileError(

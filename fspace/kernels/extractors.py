@@ -91,6 +91,7 @@ class SoftSpectralLinear(nn.Module):
         self.register_buffer("left", F.normalize(torch.randn(out_features), dim=0))
         self.register_buffer("right", F.normalize(torch.randn(in_features), dim=0))
         self.power_iteration(15)
+        self._moved = False  # passes in training since: a module just loaded must stay as it was saved
 
     @torch.no_grad()
     def power_iteration(self, steps: int = 1) -> None:
@@ -104,8 +105,9 @@ class SoftSpectralLinear(nn.Module):
 
     def train(self, mode: bool = True) -> SoftSpectralLinear:
         """Switch between training and evaluation; sigma lags while the weights move and catches up here."""
-        if self.training and not mode:
+        if self._moved and not mode:
             self.power_iteration(20)
+            self._moved = False
         return super().train(mode)
 
     def normalized_weight(self) -> Float[Tensor, "out in"]:
@@ -117,6 +119,7 @@ class SoftSpectralLinear(nn.Module):
         """W x + b with the normalised W."""
         if self.training:
             self.power_iteration()
+            self._moved = True
         return F.linear(x, self.normalized_weight(), self.bias)
 
 

@@ -124,6 +124,9 @@ def test_evaluation_is_a_fixed_function_and_two_passes_before_one_backward_work(
     (network(x).sum() + network(2 * x).sum()).backward()  # power iteration must not spoil the first graph
     network.eval()
     torch.testing.assert_close(network(x), network(x), rtol=0, atol=0)
+    loaded = ResidualMLP(3, width=8, depth=2)
+    loaded.load_state_dict(network.state_dict())
+    torch.testing.assert_close(loaded.eval()(x), network(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (8, 8), (28, 28), (33, 2)])
