@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -132,8 +133,18 @@ def _print_results(results: dict[str, Any]) -> None:
     console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    """A warning is for the person at the terminal: its words, without file and line."""
+    from rich.console import Console
+    from rich.text import Text
+
+    text = " ".join(str(message).split())
+    Console(stderr=True).print(Text(f"Note: {text}", style="yellow"), soft_wrap=True)
+
+
 def main() -> None:
     """The console script: a FspaceError becomes one red line on stderr and exit status 2."""
+    warnings.showwarning = _show_warning
     try:
         app()
     except Exception as error:

@@ -295,6 +295,7 @@ def draws_along(
         seen = values[(values[:, 0] >= places[0]) & (values[:, 0] <= places[-1]), 0]
         rug(ax, seen)
     else:
+        ax.use_sticky_edges = False
         for (low, high), colour, what in ((outer, "#e3ebf1", "y"), (inner, PALE, "f")):
             ax.bar(places, high - low, 0.3, low, color=colour, label=f"{level:.0%} of {what}")
         aside = np.linspace(-0.12, 0.12, len(functions))

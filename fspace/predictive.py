@@ -101,7 +101,8 @@ class Gaussian(_Continuous):
     """Jointly Gaussian values; outputs are independent of each other.
 
     Shapes: mean and variance y-shaped; covariance [n, n] or [t, n, n], or a function that computes it when it is
-    asked for; aleatoric y-shaped, the part of the variance that is noise (None: none of it).
+    asked for; aleatoric y-shaped, the part of the variance that is noise (None: none of it). outputs: 0 where y has
+    no dimension for outputs, else their number; needed only where there are batch dimensions.
     """
 
     def __init__(
@@ -115,7 +116,9 @@ class Gaussian(_Continuous):
         self.mean, self.variance = mean, variance
         self._covariance = covariance
         self._aleatoric = aleatoric
-        self.outputs = outputs if outputs is not None else (mean.shape[-1] if mean.ndim == 2 else None)
+        if outputs is None:  # without batch dimensions the shape says it
+            outputs = mean.shape[-1] if mean.ndim == 2 else 0
+        self.outputs = outputs or None
 
     @property
     def covariance(self) -> Tensor:
@@ -177,7 +180,7 @@ class Gaussian(_Continuous):
             self.variance * square,
             None if self._covariance is None else covariance,
             None if self._aleatoric is None else self._aleatoric * square,
-            self.outputs,
+            self.outputs or 0,
         )
 
 

@@ -193,6 +193,8 @@ def load_model(path: str) -> Any:
     file = Path(path)
     if file.is_dir() and (file / MODEL).exists():
         file = file / MODEL
+    if not file.exists() and file.with_name(file.name + Path(MODEL).suffix).exists():
+        file = file.with_name(file.name + Path(MODEL).suffix)
     if not file.exists():
         raise ModelFileError(
             f"There is no model {str(file)!r}; `fspace fit` writes one as {DEFAULT_OUT}/{MODEL}."

@@ -76,7 +76,9 @@ class Basis:
 
     def whiten(self, z: Float[Tensor, "*b n p"]) -> Float[Tensor, "*b m n"]:
         """L^-1 k(Z, z) for embedded inputs z."""
-        cross = covariance(embedded_kernel(self.kernel), self.inducing_inputs.expand(*z.shape[:-2], -1, -1), z)
+        cross = covariance(
+            embedded_kernel(self.kernel), self.inducing_inputs.expand(*z.shape[:-2], -1, -1), z
+        )
         return solve_lower(self.factor, cross)
 
     def prior_variance(self, z: Float[Tensor, "*b n p"]) -> Float[Tensor, "*b n"]:

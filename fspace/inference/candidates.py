@@ -61,7 +61,9 @@ def input_scaling(x: Float[np.ndarray, "n d"], warp: bool) -> dict[str, np.ndarr
     """
     spread = x.std(axis=0)
     unit = np.where((spread > 1e-3) & (spread < 1e6), 1.0, np.maximum(spread, 1e-300))
-    unit = np.where(spread > 1e-12 * (np.abs(x).max(axis=0) + 1e-300), unit, np.maximum(np.abs(x).max(axis=0), 1.0))
+    unit = np.where(
+        spread > 1e-12 * (np.abs(x).max(axis=0) + 1e-300), unit, np.maximum(np.abs(x).max(axis=0), 1.0)
+    )
     x, power = x / unit, np.ones(x.shape[1])
     if warp:
         busy = [j for j in range(x.shape[1]) if len(np.unique(x[:, j])) > 2 and abs(x[:, j]).max() < 1e8]
@@ -104,7 +106,9 @@ def _scaled(plan: Plan, scaling: dict[str, np.ndarray]) -> tuple[Tensor, Scaling
     return full.inputs(plan.x), full
 
 
-def _finish(plan: Plan, kernel: Kernel, likelihood: GaussianLikelihood, x: Tensor, scaling: Scaling, score: float) -> Fitted:
+def _finish(
+    plan: Plan, kernel: Kernel, likelihood: GaussianLikelihood, x: Tensor, scaling: Scaling, score: float
+) -> Fitted:
     basis, site, evidence = finish(kernel, likelihood, x, plan.y, plan.inducing, plan.exact)
     return Fitted(GPPosterior(basis, site, scaling, plan.vector), score, evidence)
 
@@ -116,7 +120,9 @@ def fit_plain(plan: Plan, kernel: Kernel, scaling: dict[str, np.ndarray], stage:
     """
     x, full = _scaled(plan, scaling)
     rows = torch.arange(len(x))
-    if len(x) > max(SUBSET, EXACT_ROWS if plan.exact else SUBSET) and not (plan.exact and x.device.type == "cuda"):
+    if len(x) > max(SUBSET, EXACT_ROWS if plan.exact else SUBSET) and not (
+        plan.exact and x.device.type == "cuda"
+    ):
         generator = torch.Generator().manual_seed(plan.seed)
         rows = torch.randperm(len(x), generator=generator)[:SUBSET]
     rows = rows.to(x.device)

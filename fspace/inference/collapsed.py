@@ -51,7 +51,9 @@ def chunks(x: Tensor, y: Float[Tensor, "n t"], size: int) -> Iterator[tuple[Tens
         yield x[start : start + size], y[start : start + size]
 
 
-def statistics(kernel: Kernel, inducing_inputs: Float[Tensor, "m p"], x: Tensor, y: Float[Tensor, "n t"]) -> Statistics:
+def statistics(
+    kernel: Kernel, inducing_inputs: Float[Tensor, "m p"], x: Tensor, y: Float[Tensor, "n t"]
+) -> Statistics:
     """Statistics of one block of rows, differentiable. Shapes: x [n, d], y [n, t], inducing inputs embedded [m, p]."""
     z, inner = embed(kernel, x), embedded_kernel(kernel)
     cross = covariance(inner, inducing_inputs, z)
@@ -59,7 +61,11 @@ def statistics(kernel: Kernel, inducing_inputs: Float[Tensor, "m p"], x: Tensor,
 
 
 def gather(
-    kernel: Kernel, inducing_inputs: Float[Tensor, "m p"], x: Tensor, y: Float[Tensor, "n t"], chunk: int = CHUNK
+    kernel: Kernel,
+    inducing_inputs: Float[Tensor, "m p"],
+    x: Tensor,
+    y: Float[Tensor, "n t"],
+    chunk: int = CHUNK,
 ) -> Statistics:
     """Statistics of all rows, block by block: memory O(m^2 + m chunk) beside x and y themselves."""
     with torch.no_grad():
@@ -115,6 +121,7 @@ def backward_bound(
     outer, cross, trace = (leaf.grad for leaf in leaves)
     for xc, yc in chunks(x, y, chunk):
         block = statistics(kernel, inducing_inputs, xc, yc)
+        assert outer is not None and cross is not None and trace is not None
         share = (outer * block.outer).sum() + (cross * block.cross).sum() + trace * block.trace
         share.backward(retain_graph=inputs_need_it)
     return value.item()
@@ -147,7 +154,9 @@ def site_from(basis: Basis, whitened: Statistics, site_id: str = "data") -> Site
     return Site(basis.id, precision, shift, log_scale, whitened.count, site_id)
 
 
-def fit_site(basis: Basis, x: Tensor, y: Float[Tensor, "n t"], chunk: int = CHUNK, site_id: str = "data") -> Site:
+def fit_site(
+    basis: Basis, x: Tensor, y: Float[Tensor, "n t"], chunk: int = CHUNK, site_id: str = "data"
+) -> Site:
     """The site that all rows of x [n, d], y [n, t] make together."""
     return site_from(basis, gather_whitened(basis, x, y, chunk), site_id)
 

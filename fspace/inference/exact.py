@@ -7,6 +7,7 @@ Sources: Rasmussen and Williams (2006), eq. 2.30 (log marginal likelihood), 5.9 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,7 +20,7 @@ class _LogMarginal(torch.autograd.Function):
     """sum over outputs of log N(y_t; 0, K + noise_t I), with its gradient from one factorisation per output."""
 
     @staticmethod
-    def forward(ctx, k, y, noise):
+    def forward(ctx: Any, k: Tensor, y: Tensor, noise: Tensor) -> Tensor:
         n = y.shape[0]
         factor, _ = cholesky(_add_noise(k, noise), "covariance of the observations")
         alpha = torch.cholesky_solve(y.T[..., None], factor)[..., 0]
@@ -30,7 +31,7 @@ class _LogMarginal(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         alpha, factor = ctx.saved_tensors
         grad_k = grad_noise = None
         # K^-1 itself is what the gradient is made of (eq. 5.9); it is never used to solve with

@@ -92,10 +92,14 @@ class GPPosterior(FunctionPosterior):
                 v, w, mean = self._project(part)
                 prior = self.basis.prior_variance(part)[..., None, :]
                 means.append(mean)
-                variances.append((prior - v.square().sum(-2)[..., None, :] + w.square().sum(-2)).clamp(min=0.0))
+                variances.append(
+                    (prior - v.square().sum(-2)[..., None, :] + w.square().sum(-2)).clamp(min=0.0)
+                )
             mean, variance = torch.cat(means, dim=-1), torch.cat(variances, dim=-1)
         y_scale = self.scaling.y_scale
-        aleatoric = (self.noise_variance[:, None] if noise else torch.zeros_like(y_scale)[:, None]).expand_as(mean)
+        aleatoric = (self.noise_variance[:, None] if noise else torch.zeros_like(y_scale)[:, None]).expand_as(
+            mean
+        )
         mean = mean * y_scale[:, None] + self.scaling.y_shift[:, None]
         variance = variance * y_scale.square()[:, None] + aleatoric
 
@@ -109,7 +113,7 @@ class GPPosterior(FunctionPosterior):
                 return total[..., 0, :, :] if self.vector else total
 
         if self.vector:
-            return Gaussian(mean[..., 0, :], variance[..., 0, :], joint, aleatoric[..., 0, :])
+            return Gaussian(mean[..., 0, :], variance[..., 0, :], joint, aleatoric[..., 0, :], outputs=0)
         return Gaussian(mean.mT, variance.mT, joint, aleatoric.mT, outputs=self.num_outputs)
 
     def latent(self, x: Any) -> Gaussian:
@@ -127,10 +131,16 @@ class GPPosterior(FunctionPosterior):
 
     def _path(self, generator: torch.Generator):  # type: ignore[no-untyped-def]
         inducing, factor = self.basis.inducing_inputs, self.basis.factor
-        prior = prior_path(embedded_kernel(self.basis.kernel), inducing.shape[-1], self.num_outputs, generator)
-        white = torch.randn(self.site.shift.shape, generator=generator, dtype=factor.dtype, device=factor.device)
+        prior = prior_path(
+            embedded_kernel(self.basis.kernel), inducing.shape[-1], self.num_outputs, generator
+        )
+        white = torch.randn(
+            self.site.shift.shape, generator=generator, dtype=factor.dtype, device=factor.device
+        )
         # a draw of the whitened inducing values: B^-1 b plus noise of covariance B^-1, B = inner inner'
-        v = torch.linalg.solve_triangular(self._inner.mT, self._mean_weights + white[..., None], upper=True)[..., 0]
+        v = torch.linalg.solve_triangular(self._inner.mT, self._mean_weights + white[..., None], upper=True)[
+            ..., 0
+        ]
         with torch.no_grad():
             correction = v - solve_lower(factor, prior(inducing).T).T
 
@@ -151,5 +161,7 @@ class GPPosterior(FunctionPosterior):
         scaled = self.scaling.inputs(x)
         with torch.no_grad():
             basis = self.basis.grown(self.basis.embed(scaled))
-            site = fit_site(basis, scaled, (y - self.scaling.y_shift) / self.scaling.y_scale, site_id="condition")
+            site = fit_site(
+                basis, scaled, (y - self.scaling.y_shift) / self.scaling.y_scale, site_id="condition"
+            )
         return GPPosterior(basis, self.site.padded(basis) + site, self.scaling, self.vector)

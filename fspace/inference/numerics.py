@@ -69,12 +69,16 @@ def pick_device(device: str | torch.device) -> torch.device:
     if chosen.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (chosen.index or 0) >= count:
-            raise DeviceError(f"device={device!r} was asked for, but torch sees {count} CUDA devices; use 'auto' or 'cpu'.")
+            raise DeviceError(
+                f"device={device!r} was asked for, but torch sees {count} CUDA devices; use 'auto' or 'cpu'."
+            )
     elif chosen.type != "cpu":
         try:
             torch.empty(1, dtype=torch.float64, device=chosen)
         except Exception as error:
-            raise DeviceError(f"device={device!r} cannot hold float64 numbers here ({error}); use 'auto' or 'cpu'.") from error
+            raise DeviceError(
+                f"device={device!r} cannot hold float64 numbers here ({error}); use 'auto' or 'cpu'."
+            ) from error
     return chosen
 
 
@@ -85,7 +89,9 @@ def pick_dtype(dtype: str | torch.dtype) -> torch.dtype:
         return known[dtype]
     if isinstance(dtype, torch.dtype) and dtype in known.values():
         return dtype
-    raise OptionError(f"dtype={dtype!r}: networks run in 'float32' or 'float64' (GP algebra is always float64).")
+    raise OptionError(
+        f"dtype={dtype!r}: networks run in 'float32' or 'float64' (GP algebra is always float64)."
+    )
 
 
 @contextlib.contextmanager

@@ -70,7 +70,9 @@ class _Remembered:
         known = 0 if self.points is None else len(self.points)
         points = z.detach() if self.points is None else torch.cat([self.points, z.detach()])
         points, index = _distinct(points, known)
-        fresh = torch.randn(self.outputs, len(points) - known, generator=self.generator, dtype=z.dtype, device=z.device)
+        fresh = torch.randn(
+            self.outputs, len(points) - known, generator=self.generator, dtype=z.dtype, device=z.device
+        )
         self.white = fresh if self.white is None else torch.cat([self.white, fresh], dim=1)
         self.points = points
         factor, _ = cholesky(covariance(self.kernel, points), "kernel matrix of a function draw", 1e-10)

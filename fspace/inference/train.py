@@ -31,7 +31,9 @@ Record = Callable[..., None]
 
 def gaussian_likelihood(outputs: int, noise: float, device: torch.device) -> GaussianLikelihood:
     """Gaussian noise with one variance an output, in units of standardised y."""
-    likelihood = GaussianLikelihood(noise_constraint=GreaterThan(MIN_NOISE), batch_shape=torch.Size([outputs]))
+    likelihood = GaussianLikelihood(
+        noise_constraint=GreaterThan(MIN_NOISE), batch_shape=torch.Size([outputs])
+    )
     likelihood = likelihood.to(device=device, dtype=torch.float64)
     likelihood.noise = torch.full((outputs, 1), noise, dtype=torch.float64, device=device)
     return likelihood
@@ -63,7 +65,9 @@ def lbfgs(
             value.backward()
         except NumericalError:
             return 1e12, np.zeros_like(vector)
-        gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
+        gradient = torch.cat(
+            [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters]
+        )
         number = value.item()
         if not (math.isfinite(number) and bool(torch.isfinite(gradient).all())):
             return 1e12, np.zeros_like(vector)
@@ -74,7 +78,9 @@ def lbfgs(
 
     start = torch.cat([p.detach().reshape(-1) for p in parameters]).double().cpu().numpy()
     try:
-        minimize(evaluate, start, jac=True, method="L-BFGS-B", options={"maxiter": steps, "maxfun": 2 * steps})
+        minimize(
+            evaluate, start, jac=True, method="L-BFGS-B", options={"maxiter": steps, "maxfun": 2 * steps}
+        )
     finally:
         with torch.no_grad():
             for p, value in zip(parameters, best[1]):
@@ -124,7 +130,9 @@ def refit_noise(basis: Basis, whitened: Statistics) -> Statistics:
     def scaled() -> Statistics:
         s = log_scale.exp()
         cross = s.sqrt() * whitened.cross
-        return Statistics(s * whitened.outer, cross, whitened.squares, (s * whitened.trace)[0], whitened.count)
+        return Statistics(
+            s * whitened.outer, cross, whitened.squares, (s * whitened.trace)[0], whitened.count
+        )
 
     def loss() -> Tensor:
         return -bound_from(scaled(), identity, basis.likelihood.noise[..., 0]) / (
@@ -196,7 +204,9 @@ def fit_network(
     try:
         for step in range(steps):
             if step in (5, 25) or step % 100 == 0:
-                pool = rows[torch.randperm(len(rows), generator=generator)[: max(2048, inducing)].to(rows.device)]
+                pool = rows[
+                    torch.randperm(len(rows), generator=generator)[: max(2048, inducing)].to(rows.device)
+                ]
                 with torch.no_grad():
                     chosen = pool[greedy_variance(kernel.on_embedding, kernel.embed(x[pool]), inducing)]
             pick = rows
@@ -204,7 +214,9 @@ def fit_network(
                 pick = rows[torch.randint(len(rows), (batch,), generator=generator).to(rows.device)]
             optimiser.zero_grad()
             try:
-                loss = -_batch_bound(kernel, likelihood, x, y, pick, chosen, len(rows)) / (len(rows) * y.shape[1])
+                loss = -_batch_bound(kernel, likelihood, x, y, pick, chosen, len(rows)) / (
+                    len(rows) * y.shape[1]
+                )
                 loss.backward()
             except NumericalError:
                 if best_state is None:
@@ -228,7 +240,9 @@ def fit_network(
             likelihood.load_state_dict(best_state[1])
         kernel.eval()
     if best_state is None:
-        raise NumericalError("The deep kernel never reached a finite held-out score; try kernel='matern', or scale the inputs.")
+        raise NumericalError(
+            "The deep kernel never reached a finite held-out score; try kernel='matern', or scale the inputs."
+        )
     return best
 
 
@@ -236,7 +250,9 @@ def _batch_bound(kernel, likelihood, x, y, pick, chosen, total) -> Tensor:  # ty
     z = kernel.embed(torch.cat([x[pick], x[chosen]]))  # one pass, so both see the same feature statistics
     inner, batch, inducing = kernel.on_embedding, z[: len(pick)], z[len(pick) :]
     stats = _embedded_statistics(inner, inducing, batch, y[pick])
-    return bound_from(stats, covariance(inner, inducing), likelihood.noise[..., 0], total / len(pick)) - _penalty(inner)
+    return bound_from(
+        stats, covariance(inner, inducing), likelihood.noise[..., 0], total / len(pick)
+    ) - _penalty(inner)
 
 
 def _embedded_statistics(inner: Kernel, inducing: Tensor, z: Tensor, y: Tensor) -> Statistics:
@@ -250,12 +266,16 @@ def _held_out_score(kernel, likelihood, x, y, pick, chosen, held_out, total) -> 
     inner, inducing = kernel.on_embedding, kernel.embed(x[chosen])
     stats = _embedded_statistics(inner, inducing, kernel.embed(x[pick]), y[pick])
     scale = total / len(pick)
-    stats = Statistics(scale * stats.outer, scale * stats.cross, scale * stats.squares, scale * stats.trace, total)
+    stats = Statistics(
+        scale * stats.outer, scale * stats.cross, scale * stats.squares, scale * stats.trace, total
+    )
     factor, _ = cholesky(covariance(inner, inducing), "kernel matrix of the inducing inputs", FIRST_JITTER)
     a = solve_lower(factor, solve_lower(factor, stats.outer).mT)
     noise = likelihood.noise[..., 0]
     shift = solve_lower(factor, stats.cross).T / noise[:, None]
-    mean, variance = latent_moments(a / noise[:, None, None], shift, factor, inner, inducing, kernel.embed(x[held_out]))
+    mean, variance = latent_moments(
+        a / noise[:, None, None], shift, factor, inner, inducing, kernel.embed(x[held_out])
+    )
     variance = variance + noise[:, None]
     kernel.train()
     errors = y[held_out].T - mean

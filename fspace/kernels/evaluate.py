@@ -8,6 +8,7 @@ the lengthscales into two matrix products, instead of the several n x m temporar
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from gpytorch.kernels import AdditiveKernel, Kernel, MaternKernel, ProductKernel, RBFKernel, ScaleKernel
@@ -27,7 +28,7 @@ class _Stationary(torch.autograd.Function):
     """k(r) and its first derivatives, for inputs already divided by the lengthscale."""
 
     @staticmethod
-    def forward(ctx, x1, x2, nu):
+    def forward(ctx: Any, x1: Tensor, x2: Tensor, nu: float) -> Tensor:
         squares = x1.square().sum(-1)[..., :, None] + x2.square().sum(-1)[..., None, :]
         squares = _minus_twice_product(squares, x1, x2)
         squares.clamp_(min=0.0)
@@ -53,7 +54,7 @@ class _Stationary(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x1, x2, slope = ctx.saved_tensors
         weight = slope.mul(gradient)
         first = second = None
