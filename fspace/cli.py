@@ -144,7 +144,7 @@ def _show_warning(message: Warning | str, *_: Any) -> None:
 
 def main() -> None:
     """The console script: a FspaceError becomes one red line on stderr and exit status 2."""
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         app()
     except Exception as error:
