@@ -1,8 +1,8 @@
 """A sparse posterior is a basis plus a table of sites: q(u) proportional to p(u | basis) prod_k t_k(u).
 
 A *basis* is a kernel, inducing inputs and a likelihood at fixed parameters. A *site* is what one batch of data says
-about the inducing values, t(u) = exp(b'v - v' Lambda v / 2 + c), in the whitened coordinates v = L^-1 u with L L' = K_uu.
-Sites of one basis add; sites of different bases never do.
+A *basis* is a kernel, inducing inputs and a likelihood at fixed parameters. A *site* is what one batch of data says
+about the inducing values, t(u) = exp(b'v - v' Lambda v / 2 + c), in whitened coordinates v = L^-1 u, L L' = K_uu.
 """
 
 from __future__ import annotations

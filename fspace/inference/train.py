@@ -1,4 +1,4 @@
-"""Fitting: L-BFGS where the loss is deterministic, Adam for networks, a held-out part to stop on, the site on all rows."""
+"""Fitting: L-BFGS where the loss is deterministic, Adam for networks, a held-out part to stop on, site on all rows."""
 
 from __future__ import annotations
 

@@ -81,6 +81,9 @@ def covariance(
         if kernel.plain is not None:
             total = total + covariance(kernel.plain, left[1], None if x2 is None else right[1])
         return total
+    # a Scale kernel takes over its base's active_dims, and gpytorch then selects once, not twice
+    if kind is ScaleKernel and kernel.base_kernel.active_dims is not None:
+        return kernel.outputscale[..., None, None] * covariance(kernel.base_kernel, x1, x2)
     if kernel.active_dims is not None:
         x1, other = x1[..., kernel.active_dims], other[..., kernel.active_dims]
         x2 = None if x2 is None else other

@@ -42,7 +42,8 @@ def test_bound_in_chunks_is_titsias_formula(case):
     trace = (kernel(x, diag=True).detach() - q.diagonal()).sum()
     eye = torch.eye(60, dtype=torch.float64)
     direct = sum(
-        torch.distributions.MultivariateNormal(torch.zeros(60).double(), q + s * eye).log_prob(y[:, t]) - trace / (2 * s)
+        torch.distributions.MultivariateNormal(torch.zeros(60).double(), q + s * eye).log_prob(y[:, t])
+        - trace / (2 * s)
         for t, s in enumerate(noise)
     )
     site = fit_site(Basis(kernel, z, likelihood), x, y, chunk=7)
@@ -72,7 +73,9 @@ def test_posterior_on_every_row_is_the_exact_one(case):
     new = torch.linspace(-2, 2, 15, dtype=torch.float64).reshape(5, 3)
     k, cross = kernel(x).to_dense().detach(), kernel(x, new).to_dense().detach()
     a = k + likelihood.noise[0, 0].detach() * torch.eye(60)
-    assert torch.allclose(posterior.latent(new).mean[:, 0], cross.T @ torch.linalg.solve(a, y[:, 0]), atol=1e-7)
+    assert torch.allclose(
+        posterior.latent(new).mean[:, 0], cross.T @ torch.linalg.solve(a, y[:, 0]), atol=1e-7
+    )
     want = kernel(new).to_dense().detach() - cross.T @ torch.linalg.solve(a, cross)
     assert torch.allclose(posterior.latent(new).covariance[0], want, atol=1e-7)
     exact = log_marginal_likelihood(k, y, likelihood.noise[:, 0].detach()).item()
@@ -112,7 +115,16 @@ def test_draws_have_the_posterior_s_moments_and_stay_the_same_function(case):
     assert not (values.mean(0).abs() < 4 * error + 1e-6).all()  # the twin: the prior's mean is rejected
 
 
-@pytest.mark.parametrize("kernel", [RBFKernel(ard_num_dims=3), MaternKernel(0.5), MaternKernel(1.5), MaternKernel(2.5)])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        RBFKernel(ard_num_dims=3),
+        MaternKernel(0.5),
+        MaternKernel(1.5),
+        MaternKernel(2.5),
+        RBFKernel(active_dims=(2,)),
+    ],
+)
 def test_covariance_and_its_gradient_are_gpytorch_s(kernel):
     kernel = ScaleKernel(kernel).double()
     generator = torch.Generator().manual_seed(1)
