@@ -1,7 +1,6 @@
 """A sparse posterior is a basis plus a table of sites: q(u) proportional to p(u | basis) prod_k t_k(u).
 
 A *basis* is a kernel, inducing inputs and a likelihood at fixed parameters. A *site* is what one batch of data says
-A *basis* is a kernel, inducing inputs and a likelihood at fixed parameters. A *site* is what one batch of data says
 about the inducing values, t(u) = exp(b'v - v' Lambda v / 2 + c), in whitened coordinates v = L^-1 u, L L' = K_uu.
 """
 
