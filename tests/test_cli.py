@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ QUICK = ["--kernel", "matern"]
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
+def full_run(monkeypatch, tmp_path, capsys):
     """Run a command line in an empty folder: (exit status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
@@ -33,6 +34,14 @@ def run(monkeypatch, tmp_path, capsys):
         return ended.value.code or 0, captured.out, captured.err
 
     return command
+
+
+@pytest.fixture
+def run(full_run, monkeypatch):
+    """The same with a stub of a report, for its pictures take two seconds."""
+    stub = lambda path, model, *_, **__: path.write_text(f"seed {model.seed}")  # noqa: E731
+    monkeypatch.setattr(runs, "write_report", stub)
+    return full_run
 
 
 def table(seed=0):
@@ -64,8 +73,8 @@ def refused(result, *words):
 # ---- fit ---------------------------------------------------------------------------------------
 
 
-def test_fit_writes_everything_and_says_what_to_open(run, houses):
-    status, out, _ = run(*FIT, "--out", "results")
+def test_fit_writes_everything_and_says_what_to_open(full_run, houses):
+    status, out, _ = full_run(*FIT, "--out", "results")
     assert status == 0
     folder = houses.parent / "results"
     assert sorted(os.listdir(folder)) == ["metrics.json", "model.fspace", "predictions.csv", "report.html"]
@@ -109,7 +118,8 @@ def test_the_same_seed_gives_the_same_predictions(run, houses):
     assert read("a") == read("b") != read("c")
 
 
-def test_several_targets_and_parquet(run, tmp_path):
+def test_several_targets_and_parquet(full_run, tmp_path):
+    run = full_run
     pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
     write_table(table().astype({"city": "category"}), tmp_path / "houses.parquet")
     status, out, _ = run("fit", "houses.parquet", "--target", "price", "--target", "rent", *QUICK)
@@ -294,6 +304,7 @@ def test_the_program_is_silent_on_stderr_when_not_a_terminal(houses):
     done = subprocess.run(
         [sys.executable, "-m", "fspace.cli", *FIT, "--json"],
         cwd=houses.parent,
+        env=os.environ | {"PYTHONPATH": str(Path(fspace.__file__).parents[1])},
         capture_output=True,
         text=True,
     )
