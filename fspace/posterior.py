@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from fspace.errors import DataError, OptionError
-from fspace.predictive import Categorical, Gaussian, Mixture, Predictive, Samples, generator_for
+from fspace.predictive import (
+    Categorical,
+    Gaussian,
+    Mixture,
+    Predictive,
+    Samples,
+    generator_for,
+    normalised_weights,
+)
 
 __all__ = [
     "Categorical",
@@ -82,12 +90,7 @@ class MixturePosterior(FunctionPosterior):
         if not members:
             raise OptionError("A mixture posterior needs at least one member.")
         self.members = list(members)
-        w = torch.ones(len(members)) if weights is None else torch.as_tensor(weights)
-        if w.shape != (len(self.members),) or not bool((w >= 0).all()) or not bool(w.sum() > 0):
-            raise OptionError(
-                f"weights must be {len(self.members)} non-negative numbers, not all zero; got {w.tolist()}."
-            )
-        self.weights = w.double() / w.sum()
+        self.weights = normalised_weights(weights, len(self.members))
         self.num_outputs, self.num_inputs = members[0].num_outputs, members[0].num_inputs
         if any((m.num_outputs, m.num_inputs) != (self.num_outputs, self.num_inputs) for m in members):
             raise DataError("All members of a mixture must have the same numbers of inputs and outputs.")

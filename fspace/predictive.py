@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fspace.errors import DataError, OptionError
+from fspace.errors import DataError, NumericalError, OptionError
 
 _SQRT2 = math.sqrt(2.0)
 
@@ -30,8 +30,27 @@ def generator_for(seed: int | None, device: torch.device) -> torch.Generator:
     return generator
 
 
+def normalised_weights(weights: Any, count: int) -> Float[Tensor, " k"]:
+    """`count` float64 weights that sum to one (None: equal). Raises OptionError for what cannot be weights."""
+    w = torch.ones(count) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
+    w = w.double()
+    if w.shape != (count,) or not bool((w >= 0).all()) or not 0 < w.sum().item() < math.inf:
+        raise OptionError(
+            f"weights must be {count} finite non-negative numbers, not all zero; got {w.tolist()}."
+        )
+    return w / w.sum()
+
+
 def _normal_cdf(z: Tensor) -> Tensor:
     return 0.5 * torch.erfc(-z / _SQRT2)
+
+
+def _as_tensor(y: Any, device: torch.device) -> Tensor:
+    """y (tensor, array, list, series) as a tensor. Raises DataError when it holds no numbers."""
+    try:
+        return torch.as_tensor(y if isinstance(y, Tensor) else np.asarray(y), device=device)
+    except TypeError as error:
+        raise DataError(f"y holds no numbers, but {type(y).__name__} of another kind ({error}).") from error
 
 
 class Predictive(ABC):
@@ -64,8 +83,7 @@ class Predictive(ABC):
         """Marginal log density of every entry of y, y-shaped. Raises DataError when y has another shape."""
 
     def _check(self, y: Any) -> Tensor:
-        y = y if isinstance(y, Tensor) else np.asarray(y)
-        y = torch.as_tensor(y, dtype=self.mean.dtype, device=self.mean.device)
+        y = _as_tensor(y, self.mean.device).to(self.mean.dtype)
         if y.ndim and y.shape != self.mean.shape:
             raise DataError(
                 f"y has shape {tuple(y.shape)}, but the prediction has shape {tuple(self.mean.shape)}."
@@ -151,14 +169,22 @@ class Gaussian(_Continuous):
         return -0.5 * (2 * math.pi * self.variance).log() - 0.5 * error.square() / self.variance
 
     def joint_log_prob(self, y: Any) -> Tensor:
-        """Log density of all points together (summed over outputs), a scalar."""
-        y = self._check(y)
-        error = (y - self.mean).mT if self.outputs is not None else y - self.mean
-        return (
-            torch.distributions.MultivariateNormal(torch.zeros_like(error), self.covariance)
-            .log_prob(error)
-            .sum()
-        )
+        """Log density of all points and outputs together: a scalar, or one a batch.
+
+        Raises NumericalError where there is no density (a singular covariance, as latent values have at equal points).
+        """
+        error = self._check(y) - self.mean
+        error = error.mT if self.outputs is not None else error
+        root, info = torch.linalg.cholesky_ex(self.covariance)
+        if info.any():
+            raise NumericalError(
+                f"The joint covariance of {error.shape[-1]} points is singular, so they have no joint density. "
+                "Use observed() (the noise mends it), or remove repeated points."
+            )
+        white = torch.linalg.solve_triangular(root, error[..., None], upper=False)[..., 0]
+        log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        value = -0.5 * white.square().sum(-1) - log_det - 0.5 * error.shape[-1] * math.log(2 * math.pi)
+        return value if self.outputs is None else value.sum(-1)
 
     def cdf(self, y: Any) -> Tensor:
         return _normal_cdf((self._check(y) - self.mean) / self.stddev)
@@ -209,14 +235,10 @@ class Mixture(_Continuous):
         if not components:
             raise OptionError("A mixture needs at least one component.")
         self.components = list(components)
-        first = self.components[0].mean
-        w = torch.ones(len(components)) if weights is None else torch.as_tensor(weights)
-        w = w.to(first)
-        if w.shape != (len(components),) or not bool((w >= 0).all()) or not bool(w.sum() > 0):
-            raise OptionError(
-                f"weights must be {len(components)} non-negative numbers, not all zero; got {w.tolist()}."
-            )
-        self.weights = w / w.sum()
+        shapes = [tuple(c.mean.shape) for c in self.components]
+        if len(set(shapes)) > 1:
+            raise DataError(f"Components of a mixture must have one shape; these have {shapes}.")
+        self.weights = normalised_weights(weights, len(shapes)).to(self.components[0].mean)
         self.outputs = self.components[0].outputs
 
     def _average(self, values: Sequence[Tensor]) -> Tensor:
@@ -266,7 +288,7 @@ class Mixture(_Continuous):
         return self._log_average([c.log_prob(y) for c in self.components])
 
     def joint_log_prob(self, y: Any) -> Tensor:
-        """Log density of all points and outputs together, a scalar: the mixture's."""
+        """Log density of all points and outputs together (the mixture's): a scalar, or one a batch."""
         return self._log_average([c.joint_log_prob(y) for c in self.components])
 
     def _log_average(self, values: Sequence[Tensor]) -> Tensor:
@@ -296,7 +318,7 @@ class Samples(_Continuous):
     """Equally likely function values, as from an ensemble of networks, with or without Gaussian noise around them.
 
     Shapes: values [s, *y shape], noise_variance y-shaped or [s, *y shape]. Without noise there is no density:
-    log_prob raises OptionError, cdf and quantile are those of the sample.
+    log_prob raises OptionError, cdf is the sample's and quantile its inverse (a value of the sample).
     """
 
     def __init__(self, values: Tensor, noise_variance: Tensor | float | None = None):
@@ -347,7 +369,11 @@ class Samples(_Continuous):
         return (self.values <= self._check(y)).to(self.values).mean(0)
 
     def _quantile(self, p: float) -> Tensor:
-        return torch.quantile(self.values, p, dim=0) if self.noise is None else self._mixture()._quantile(p)
+        if self.noise is not None:
+            return self._mixture()._quantile(p)
+        # the smallest value with cdf >= p; a little less than p * s, so that rounding does not skip one
+        rank = math.ceil(p * len(self.values) * (1 - 1e-12))
+        return self.values.kthvalue(rank, dim=0).values
 
     def affine(self, loc: Tensor | float, scale: Tensor | float) -> Samples:
         """The same distribution for scale * y + loc (scalars, or one an output)."""
@@ -362,6 +388,8 @@ class Categorical(Predictive):
     """
 
     def __init__(self, probs: Tensor):
+        if probs.ndim not in (2, 3):
+            raise DataError(f"Class probabilities must be [n, c] or [s, n, c], not {tuple(probs.shape)}.")
         if bool((probs < 0).any()) or not torch.allclose(
             probs.sum(-1), torch.ones_like(probs[..., 0]), atol=1e-5
         ):
@@ -398,10 +426,10 @@ class Categorical(Predictive):
 
     def log_prob(self, y: Any) -> Float[Tensor, " n"]:
         """Log probability of integer labels [n]. Raises DataError for labels that are no class."""
-        labels = torch.as_tensor(y, device=self.probs.device).long()
-        if labels.shape != self.probs.shape[:1] or bool(
-            ((labels < 0) | (labels >= self.probs.shape[1])).any()
-        ):
+        y = _as_tensor(y, self.probs.device)
+        labels = y.long()
+        known = (labels == y) & (labels >= 0) & (labels < self.probs.shape[1])
+        if labels.shape != self.probs.shape[:1] or not bool(known.all()):
             raise DataError(
                 f"Labels must be {self.probs.shape[0]} integers from 0 to {self.probs.shape[1] - 1}."
             )
