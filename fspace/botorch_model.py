@@ -1,32 +1,203 @@
-"""A posterior over functions as a BoTorch model."""
+"""A posterior over functions as a BoTorch model: Gaussian, or a mixture of which one component is right."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from botorch.acquisition.objective import PosteriorTransform
-from botorch.models.model import Model
-from botorch.posteriors import GPyTorchPosterior
+from botorch.acquisition import analytic
+from botorch.models.model import FantasizeMixin, Model
+from botorch.posteriors import GPyTorchPosterior, Posterior
+from botorch.sampling.get_sampler import GetSampler
+from botorch.sampling.normal import IIDNormalSampler, NormalMCSampler, SobolQMCNormalSampler
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
+from jaxtyping import Float
+from linear_operator import to_linear_operator
 from torch import Tensor
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.quasirandom import SobolEngine
 
-from fspace.errors import OptionError
-from fspace.posterior import FunctionPosterior
+from fspace.errors import DataError, OptionError
+from fspace.inference.numerics import MAX_JITTER, MIN_JITTER, cholesky, solve_lower
+from fspace.posterior import FunctionPosterior, MixturePosterior
 from fspace.predictive import Gaussian
 
 
-class FunctionModel(Model):  # type: ignore[misc]
-    """BoTorch model of a Gaussian posterior. X is [batch, q, d] in the units of the data, Y in those of y.
+class Moments(NamedTuple):
+    """Joint moments of f at n points, outputs independent: mean, covariance, and the noise variance of y."""
 
-    A mixture has no Gaussian joint; use its members, each of which is a model of its own.
+    mean: Float[Tensor, "*b t n"]
+    covariance: Float[Tensor, "*b t n n"]
+    noise: Float[Tensor, "*b t n"]
+
+
+Member = Callable[[Tensor], Moments]  # moments at X [..., n, d]
+
+
+def moments_of(posterior: FunctionPosterior) -> Member:
+    """Moments of a posterior whose predictives are Gaussian; the member raises OptionError for another kind."""
+
+    def member(x: Tensor) -> Moments:
+        joint = posterior.observed(x)
+        if not isinstance(joint, Gaussian):
+            raise OptionError(
+                f"{type(posterior).__name__} predicts {type(joint).__name__}, and a BoTorch model needs Gaussians: "
+                "use a GP posterior, or a MixturePosterior of them."
+            )
+        mean, covariance, noise = joint.mean, joint.covariance, joint.aleatoric
+        if joint.outputs is None:
+            mean, covariance, noise = mean[..., None], covariance[..., None, :, :], noise[..., None]
+        return Moments(mean.mT, covariance - torch.diag_embed(noise.mT), noise.mT)
+
+    return member
+
+
+class _Seen(NamedTuple):
+    """Observations y [..., t, n] against the prior moments there: whitened error, Cholesky factor, log density."""
+
+    white: Tensor
+    factor: Tensor
+    log_density: Tensor
+
+
+def _seen(at: Moments, y: Tensor, noise: Tensor | None) -> _Seen:
+    factor, _ = cholesky(
+        at.covariance + torch.diag_embed(at.noise if noise is None else noise),
+        "covariance of the new observations",
+    )
+    white = solve_lower(factor, (y - at.mean)[..., None])
+    gaussian = white[..., 0].square() + torch.tensor(2 * torch.pi, dtype=y.dtype, device=y.device).log()
+    log_det = factor.diagonal(dim1=-2, dim2=-1).log()
+    return _Seen(white, factor, (-0.5 * gaussian - log_det).sum((-2, -1)))
+
+
+def conditioned(prior: Member, x: Tensor, y: Tensor, noise: Tensor | None = None) -> Member:
+    """The member after also seeing y [..., t, n] at x [..., n, d], whose batch dimensions broadcast.
+
+    Gaussian conditioning of the joint at [x, X]: gradients flow to x, y and X. noise [..., t, n] (variances) stands
+    in for the member's own. Source: Rasmussen and Williams (2006), eq. A.6.
+    """
+    n = x.shape[-2]
+
+    def member(query: Tensor) -> Moments:
+        batch = torch.broadcast_shapes(x.shape[:-2], query.shape[:-2])
+        joint = prior(
+            torch.cat([x.expand(*batch, *x.shape[-2:]), query.expand(*batch, *query.shape[-2:])], -2)
+        )
+        head = Moments(joint.mean[..., :n], joint.covariance[..., :n, :n], joint.noise[..., :n])
+        seen = _seen(head, y, noise)
+        cross = solve_lower(seen.factor, joint.covariance[..., :n, n:])
+        mean = joint.mean[..., n:] + (cross.mT @ seen.white)[..., 0]
+        covariance = joint.covariance[..., n:, n:] - cross.mT @ cross
+        return Moments(
+            mean,
+            covariance.expand(*mean.shape, mean.shape[-1]),
+            joint.noise[..., n:].expand_as(mean),
+        )
+
+    return member
+
+
+class MixtureOfGaussians(Posterior):  # type: ignore[misc]
+    """BoTorch posterior of which one of k joint Gaussians is right.
+
+    Shapes: components' mean [..., q, m], weights [..., k] that broadcast against their batches. A base sample is
+    [..., 1 + q * m] normals, of which the first picks the component: all of a joint sample comes from one, every
+    sampler of normals can draw from it, and values are differentiable in X at a fixed pick.
     """
 
-    def __init__(self, source: FunctionPosterior, outputs: list[int] | None = None):
+    def __init__(self, components: Sequence[Any], weights: Float[Tensor, "*b k"]):
+        self.components, self.weights = list(components), weights
+        self.batch_shape = self.components[0].mean.shape[:-2]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the moments."""
+        return self.weights.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the moments."""
+        return self.weights.dtype
+
+    def _average(self, values: Sequence[Tensor]) -> Tensor:
+        return (torch.stack(list(values), -3) * self.weights[..., None, None]).sum(-3)
+
+    @property
+    def mean(self) -> Float[Tensor, "*b q m"]:
+        """Mean of the mixture."""
+        return self._average([c.mean for c in self.components])
+
+    @property
+    def variance(self) -> Float[Tensor, "*b q m"]:
+        """Variance of the mixture, spread of the components' means included."""
+        mean = self.mean
+        return self._average([c.variance + (c.mean - mean).square() for c in self.components])
+
+    @property
+    def base_sample_shape(self) -> torch.Size:
+        """Shape of one base sample."""
+        return self.batch_shape + torch.Size([1 + self.components[0].mean.shape[-2:].numel()])
+
+    @property
+    def batch_range(self) -> tuple[int, int]:
+        """Batch dimensions of a base sample, which share one set of normals."""
+        return (0, -1)
+
+    def _extended_shape(self, sample_shape: torch.Size = torch.Size()) -> torch.Size:  # noqa: B008
+        return sample_shape + self.components[0].mean.shape
+
+    def rsample_from_base_samples(self, sample_shape: torch.Size, base_samples: Tensor) -> Tensor:
+        """Joint samples [*sample_shape, ..., q, m] from normals [*sample_shape, ..., 1 + q * m]."""
+        level = torch.special.ndtr(base_samples[..., 0])
+        pick = (level[..., None] >= self.weights.detach().cumsum(-1)[..., :-1]).sum(-1)
+        samples = []
+        for component in self.components:
+            shape = sample_shape + component.base_sample_shape
+            samples.append(
+                component.rsample_from_base_samples(sample_shape, base_samples[..., 1:].reshape(shape))
+            )
+        return torch.take_along_dim(torch.stack(samples, -3), pick[..., None, None, None], -3).squeeze(-3)
+
+    def rsample(self, sample_shape: torch.Size | None = None) -> Tensor:
+        """Joint samples [*sample_shape, ..., q, m], each from one component."""
+        sample_shape = torch.Size([1]) if sample_shape is None else sample_shape
+        shape = sample_shape + self.base_sample_shape
+        return self.rsample_from_base_samples(
+            sample_shape, torch.randn(shape, dtype=self.dtype, device=self.device)
+        )
+
+
+@GetSampler.register(MixtureOfGaussians)
+def _sampler(
+    posterior: MixtureOfGaussians, sample_shape: torch.Size, *, seed: int | None = None
+) -> NormalMCSampler:
+    dimensions = posterior.base_sample_shape[-1]
+    kind = SobolQMCNormalSampler if dimensions <= SobolEngine.MAXDIM else IIDNormalSampler
+    return kind(sample_shape, seed=seed)
+
+
+class FunctionModel(Model, FantasizeMixin):  # type: ignore[misc]
+    """BoTorch model of a posterior over functions. X is [batch, q, d] in the units of the data, Y in those of y.
+
+    members: moments of every component, one for a Gaussian posterior. weights [*batch_shape, k]. outputs: which of
+    the members' outputs are shown. source: the posterior itself, where it can take in observations by itself.
+    """
+
+    likelihood = None  # `fantasize` asks whether the noise is fixed by the data; it is the model's own
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        weights: Tensor,
+        outputs: Sequence[int],
+        batch_shape: torch.Size = torch.Size(),  # noqa: B008
+        source: FunctionPosterior | None = None,
+    ):
         super().__init__()
-        self._source = source
-        self._outputs = list(range(source.num_outputs)) if outputs is None else outputs
+        self._members, self._weights, self._outputs = list(members), weights, list(outputs)
+        self._batch_shape, self._source = batch_shape, source
 
     @property
     def num_outputs(self) -> int:
@@ -35,39 +206,158 @@ class FunctionModel(Model):  # type: ignore[misc]
 
     @property
     def batch_shape(self) -> torch.Size:
-        """Batch shape of the model itself."""
-        return self._source.batch_shape
+        """Batch shape of the model itself: that of the observations it was conditioned on."""
+        return self._batch_shape
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether there is more than one component, so that no joint is Gaussian."""
+        return len(self._members) > 1
 
     def posterior(  # type: ignore[override]
         self,
         X: Tensor,
         output_indices: list[int] | None = None,
-        observation_noise: bool = False,
-        posterior_transform: PosteriorTransform | Callable[..., Any] | None = None,
-        **kwargs: Any,
+        observation_noise: bool | Tensor = False,
+        posterior_transform: Callable[..., Any] | None = None,
     ) -> Any:
-        """Joint posterior over the q points of each batch; gradients flow to X. Raises OptionError for mixtures."""
-        predictive = self._source.observed(X) if observation_noise else self._source.latent(X)
-        if not isinstance(predictive, Gaussian):
-            raise OptionError(
-                "as_botorch() needs a Gaussian posterior; use one member: posterior.members[0].as_botorch()."
-            )
-        picked = [self._outputs[i] for i in output_indices] if output_indices is not None else self._outputs
-        if predictive.outputs is None:
-            joint = MultivariateNormal(predictive.mean, predictive.covariance)
-        else:
-            parts = [
-                MultivariateNormal(predictive.mean[..., i], predictive.covariance[..., i, :, :])
-                for i in picked
-            ]
-            joint = parts[0] if len(parts) == 1 else MultitaskMultivariateNormal.from_independent_mvns(parts)
-        result = GPyTorchPosterior(joint)
-        return result if posterior_transform is None else posterior_transform(result)
+        """Joint posterior over the q points of each batch; gradients flow to X.
+
+        observation_noise: True adds the model's, a tensor [..., q or 1, m] these variances. A posterior transform is
+        applied to every component of a mixture. GPyTorch reports no variance under 1e-10, so y should not be in units
+        that make it that small. Raises OptionError when a member does not predict Gaussians.
+        """
+        indices = range(self.num_outputs) if output_indices is None else output_indices
+        picked = [self._outputs[i] for i in indices]
+        components = []
+        for member in self._members:
+            component = _gpytorch_posterior(member(X), picked, observation_noise)
+            if posterior_transform is not None:
+                component = posterior_transform(component, X=X)
+            components.append(component)
+        if not self.is_mixture:
+            return components[0]
+        return MixtureOfGaussians(components, self._weights.to(components[0].mean))
 
     def subset_output(self, idcs: list[int]) -> FunctionModel:
-        """The model of some outputs only."""
-        return FunctionModel(self._source, [self._outputs[i] for i in idcs])
+        """The model of some outputs only. Observations of these alone can still be taken in."""
+        picked = [self._outputs[i] for i in idcs]
+        return FunctionModel(self._members, self._weights, picked, self._batch_shape)
 
-    def condition_on_observations(self, X: Tensor, Y: Tensor, **kwargs: Any) -> FunctionModel:
-        """The model after also seeing Y [n, outputs] at X [n, d]."""
-        return FunctionModel(self._source.condition(X, Y), self._outputs)
+    def condition_on_observations(
+        self, X: Tensor, Y: Tensor, noise: Tensor | None = None, **kwargs: Any
+    ) -> FunctionModel:
+        """The model after also seeing Y [..., n, m] at X [..., n, d]; this one stays as it is.
+
+        Batch dimensions broadcast and become the new model's; members of a mixture are reweighted by how well they
+        predicted Y, in each batch. noise [..., n, m]: variances in place of the model's. Raises DataError for shapes.
+        """
+        if Y.shape[-1] != self.num_outputs or Y.shape[-2] != X.shape[-2]:
+            raise DataError(
+                f"Y must be [..., {X.shape[-2]}, {self.num_outputs}] for X {tuple(X.shape)}; it is {tuple(Y.shape)}."
+            )
+        differentiable = X.requires_grad or Y.requires_grad
+        if (
+            self._source is not None
+            and X.ndim == Y.ndim == 2
+            and len(X)
+            and noise is None
+            and not differentiable
+        ):
+            vector = self._source.latent(X[:1]).mean.ndim == 1
+            return botorch_model(self._source.condition(X, Y[:, 0] if vector else Y))
+        x, y = X.to(torch.float64), Y.to(torch.float64).mT
+        noise = None if noise is None else noise.to(y).mT
+        members = [_selected(member, self._outputs) for member in self._members]
+        weights = self._weights
+        if self.is_mixture:
+            scores = [_seen(member(x), y, noise).log_density for member in members]
+            weights = (self._weights.to(y).log() + torch.stack(scores, -1)).softmax(-1)
+        return FunctionModel(
+            [conditioned(member, x, y, noise) for member in members],
+            weights,
+            range(self.num_outputs),
+            torch.broadcast_shapes(self._batch_shape, x.shape[:-2], y.shape[:-2]),
+        )
+
+
+def botorch_model(posterior: FunctionPosterior) -> FunctionModel:
+    """BoTorch model of a GP posterior, or of a mixture of them."""
+    sources, weights = [posterior], torch.ones(1)
+    if isinstance(posterior, MixturePosterior):
+        sources, weights = posterior.members, posterior.weights
+    return FunctionModel(
+        [moments_of(source) for source in sources],
+        weights,
+        range(posterior.num_outputs),
+        posterior.batch_shape,
+        posterior,
+    )
+
+
+def _selected(member: Member, outputs: Sequence[int]) -> Member:
+    """The member with some of its outputs."""
+
+    def selected(x: Tensor) -> Moments:
+        mean, covariance, noise = member(x)
+        pick = list(outputs)
+        return Moments(mean[..., pick, :], covariance[..., pick, :, :], noise[..., pick, :])
+
+    return selected
+
+
+def _gpytorch_posterior(
+    moments: Moments, outputs: Sequence[int], observation_noise: bool | Tensor
+) -> GPyTorchPosterior:
+    mean, covariance, noise = moments
+    if observation_noise is not False:
+        added = noise
+        if isinstance(observation_noise, Tensor):
+            added = observation_noise.to(mean).mT.expand_as(mean)
+        covariance = covariance + torch.diag_embed(added)
+    covariance = _positive_definite(covariance, noise)
+    parts = [
+        MultivariateNormal(mean[..., i, :], to_linear_operator(covariance[..., i, :, :])) for i in outputs
+    ]
+    joint = parts[0] if len(parts) == 1 else MultitaskMultivariateNormal.from_independent_mvns(parts)
+    return GPyTorchPosterior(joint)
+
+
+def _positive_definite(covariance: Tensor, noise: Tensor) -> Tensor:
+    """The covariance, with jitter where a search has brought points together or onto the data.
+
+    Jitter is relative to the variance of y: that of f may be nothing but rounding there, and of either sign.
+    """
+    level = (covariance.diagonal(dim1=-2, dim2=-1) + noise).mean(-1, keepdim=True).detach()
+    repaired, jitter = covariance, MIN_JITTER
+    while torch.linalg.cholesky_ex(repaired.detach())[1].any() and jitter <= MAX_JITTER * 1.001:
+        repaired = covariance + torch.diag_embed((jitter * level).expand_as(noise))
+        jitter *= 10.0
+    return repaired
+
+
+# These read a mean and a variance only; the other analytic functions integrate against a Gaussian.
+_FROM_MOMENTS = (
+    analytic.PosteriorMean,
+    analytic.ScalarizedPosteriorMean,
+    analytic.PosteriorStandardDeviation,
+    analytic.UpperConfidenceBound,
+)
+
+
+def _refuse_analytic_functions(module: Any, name: str, submodule: Any) -> None:
+    """A mixture's mean and variance would silently be taken for a Gaussian's; called when a function gets its model."""
+    if (
+        isinstance(submodule, FunctionModel)
+        and submodule.is_mixture
+        and isinstance(module, analytic.AnalyticAcquisitionFunction)
+        and not isinstance(module, _FROM_MOMENTS)
+    ):
+        raise OptionError(
+            f"{type(module).__name__} is a formula for Gaussians, and this posterior is a mixture of "
+            f"{len(submodule._members)}. Use a Monte Carlo acquisition function (qLogExpectedImprovement, "
+            "qLogNoisyExpectedImprovement, ...), or one member: posterior.members[0].as_botorch()."
+        )
+
+
+register_module_module_registration_hook(_refuse_analytic_functions)

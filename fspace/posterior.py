@@ -77,10 +77,10 @@ class FunctionPosterior(ABC):
         raise OptionError(f"{type(self).__name__} cannot take in more observations; refit it with them.")
 
     def as_botorch(self) -> Any:
-        """A BoTorch Model (posterior with gradients to x, observation_noise, condition_on_observations)."""
-        from fspace.botorch_model import FunctionModel
+        """A BoTorch Model (posterior with gradients to x, observation_noise, condition_on_observations, fantasize)."""
+        from fspace.botorch_model import botorch_model
 
-        return FunctionModel(self)
+        return botorch_model(self)
 
 
 class MixturePosterior(FunctionPosterior):
