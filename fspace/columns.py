@@ -31,7 +31,7 @@ def is_category(column: pd.Series) -> bool:
 # ---- numbers -------------------------------------------------------------------------------------
 
 
-def column_to_float(column: pd.Series, name: str) -> Float[np.ndarray, " n"]:
+def column_to_float(column: pd.Series, name: str, first_row: int = 0) -> Float[np.ndarray, " n"]:
     """One column as float64, NaN where a value is missing. Raises DataError for text, dates, categories."""
     dtype: Any = column.dtype
     if is_category(column):
@@ -48,7 +48,7 @@ def column_to_float(column: pd.Series, name: str) -> Float[np.ndarray, " n"]:
     values = column.to_numpy(dtype=object)
     for row, value in enumerate(values):
         if isinstance(value, str | bytes):
-            raise DataError(_text_message(name, values, row))
+            raise DataError(_text_message(name, values, row, first_row))
     try:
         return np.asarray(np.where(pd.isna(values), np.nan, values), dtype=np.float64)
     except TypeError as error:
@@ -57,23 +57,23 @@ def column_to_float(column: pd.Series, name: str) -> Float[np.ndarray, " n"]:
         raise DataError(f"Column {name!r} is not numeric: {error}.") from error
 
 
-def _text_message(name: str, values: NDArray, first: int) -> str:
+def _text_message(name: str, values: NDArray, first: int, first_row: int) -> str:
     """Three cases: a few bad cells among numbers, numbers written as text, and real text."""
     parsed = pd.to_numeric(pd.Series(values).map(str), errors="coerce").notna().to_numpy()
     bad = np.flatnonzero(~parsed & ~np.asarray(pd.isna(values), dtype=bool))
     if not len(bad):
         return (
-            f"Column {name!r} holds numbers written as text (row {first}: {values[first]!r}). "
+            f"Column {name!r} holds numbers written as text (row {first_row + first}: {values[first]!r}). "
             f"Convert it: X[{name!r}] = pandas.to_numeric(X[{name!r}])."
         )
     if 2 * parsed.sum() >= len(values):
         others = f" ({len(bad)} such cells in all)" if len(bad) > 1 else ""
         return (
-            f"Column {name!r} holds text in row {bad[0]} ({values[bad[0]]!r}){others}, though most of its "
+            f"Column {name!r} holds text in row {first_row + bad[0]} ({values[bad[0]]!r}){others}, though most of its "
             "values are numbers. Correct the value, or leave the cell empty to have it read as missing."
         )
     return (
-        f"Column {name!r} holds text (row {first}: {values[first]!r}) and has no category type. If it is a "
+        f"Column {name!r} holds text (row {first_row + first}: {values[first]!r}) and has no category type. If it is a "
         f"category, say so: X[{name!r}].astype('category'), or categories=[{name!r}], or in the terminal "
         f"--categorical {name}. Otherwise remove the column."
     )
@@ -121,13 +121,16 @@ def learn_category(column: pd.Series, name: str, impute: bool) -> dict[str, Any]
     return {"kind": "category", "levels": levels, "fill": fill}
 
 
-def one_hot(column: pd.Series, name: str, learnt: dict[str, Any]) -> Float[np.ndarray, "n k"]:
+def one_hot(
+    column: pd.Series, name: str, learnt: dict[str, Any], first_row: int = 0
+) -> Float[np.ndarray, "n k"]:
     """Levels as 0/1 columns (one where there are two levels). A level not seen in fit is refused."""
     values = column.to_numpy(dtype=object)
     gone = np.asarray(pd.isna(values), dtype=bool)
     if gone.any():
         if learnt["fill"] is None:
-            raise DataError(missing_message("NaN", int(np.flatnonzero(gone)[0]), name, int(gone.sum())))
+            row = first_row + int(np.flatnonzero(gone)[0])
+            raise DataError(missing_message("NaN", row, name, int(gone.sum())))
         values = np.where(gone, learnt["fill"], values)
     levels = np.empty(len(learnt["levels"]), dtype=object)
     levels[:] = learnt["levels"]
@@ -136,7 +139,7 @@ def one_hot(column: pd.Series, name: str, learnt: dict[str, Any]) -> Float[np.nd
     if len(unseen):
         value = values[unseen[0]]
         raise DataError(
-            f"Column {name!r}, row {unseen[0]}: the category {value!r} was not there in fit."
+            f"Column {name!r}, row {first_row + unseen[0]}: the category {value!r} was not there in fit."
             f"{suggest(str(value), [str(level) for level in levels])} Correct it, drop such rows, or "
             "fit again on data that has it."
         )
@@ -153,8 +156,13 @@ def level_names(name: str, learnt: dict[str, Any]) -> list[str]:
 # ---- finite values -------------------------------------------------------------------------------
 
 
-def require_finite(values: NDArray, names: Sequence[str] | None = None, x: str = "X") -> None:
-    """Refuses NaN, infinity and values whose square overflows, naming the first row and column."""
+def require_finite(
+    values: NDArray, names: Sequence[str] | None = None, x: str = "X", first_row: int = 0
+) -> None:
+    """Refuses NaN, infinity and values whose square overflows, naming the first row and column.
+
+    first_row: the row of a longer table at which these values begin.
+    """
     if values.size == 0:
         return
     with np.errstate(invalid="ignore"):
@@ -174,7 +182,7 @@ def require_finite(values: NDArray, names: Sequence[str] | None = None, x: str =
                 column = names[where[1]] if names is not None else f"{x.lower()}{where[1]}"
             elif values.ndim > 2:
                 column = f"position {tuple(where[1:])}"
-            raise DataError(missing_message(what, where[0], column, int(bad.sum()), x))
+            raise DataError(missing_message(what, first_row + where[0], column, int(bad.sum()), x))
 
 
 def missing_message(what: str, row: int, column: str | None, count: int, x: str = "X") -> str:

@@ -5,7 +5,7 @@ Input is checked here, once, at the edge; every refusal names the row and the co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 from warnings import warn
 
@@ -99,17 +99,37 @@ class TableEncoder:
             self._forget()  # a refused table leaves no half-fitted encoder behind
             raise
 
-    def transform(self, X: Any) -> Float[np.ndarray, "n *d"]:
-        """Encode X as learnt. Raises DataError for other columns, unseen levels, NaN and infinity."""
+    def transform(self, X: Any, first_row: int = 0) -> Float[np.ndarray, "n *d"]:
+        """Encode X as learnt. Raises DataError for other columns, unseen levels, NaN and infinity.
+
+        first_row: the row of a longer table at which X begins, for the messages.
+        """
         if not hasattr(self, "n_features_in_"):
             raise NotFittedError(f"This {self.owner} instance is not fitted yet. Call 'fit' first.")
         table = as_table(X)
         if isinstance(table, np.ndarray) and (table.ndim > 2 or self._tensor_shape is not None):
             self._check_tensor(table)
-            require_finite(table)
+            require_finite(table, first_row=first_row)
             return table
-        self._check_columns(table)
-        return self._encode(table)
+        self._check_columns(table, warned=first_row > 0)
+        return self._encode(table, first_row)
+
+    def batches(self, X: Any, values: int) -> Iterator[Float[np.ndarray, "n *d"]]:
+        """`transform` in parts of about so many encoded values, so that a long table is never held twice."""
+        if isinstance(X, list | tuple):
+            X = as_table(X)  # whole: what a column of a list holds is told by all its rows
+        if not hasattr(self, "n_features_in_"):
+            yield self.transform(X)
+            return
+        shape: tuple[int, ...] = tuple(getattr(X, "shape", ()))
+        width = len(self.feature_names_out) if self._tensor_shape is None else int(np.prod(shape[1:]))
+        rows = max(1, values // max(1, width))
+        if len(shape) < 2 or shape[0] <= rows:
+            yield self.transform(X)
+            return
+        for start in range(0, shape[0], rows):
+            stop = start + rows
+            yield self.transform(X.iloc[start:stop] if hasattr(X, "iloc") else X[start:stop], start)
 
     @property
     def feature_names(self) -> list[str]:
@@ -211,17 +231,19 @@ class TableEncoder:
 
     # ---- encoding --------------------------------------------------------------------------------
 
-    def _encode(self, table: pd.DataFrame | NDArray) -> Float[np.ndarray, "n d"]:
+    def _encode(self, table: pd.DataFrame | NDArray, first_row: int = 0) -> Float[np.ndarray, "n d"]:
         numbers = self._numeric()
-        values = self._numbers(table, numbers)
+        values = self._numbers(table, numbers, first_row)
         if self.missing == "impute" and numbers:
             values = np.where(np.isnan(values), [self._columns[i]["fill"] for i in numbers], values)
-        require_finite(values, [self.feature_names[i] for i in numbers])
+        require_finite(values, [self.feature_names[i] for i in numbers], first_row=first_row)
         if isinstance(table, np.ndarray) or len(numbers) == self.n_features_in_:
             return values
         at = {i: k for k, i in enumerate(numbers)}
         blocks = [
-            values[:, [at[i]]] if i in at else one_hot(table.iloc[:, i], self.feature_names[i], column)
+            values[:, [at[i]]]
+            if i in at
+            else one_hot(table.iloc[:, i], self.feature_names[i], column, first_row)
             for i, column in enumerate(self._columns)
         ]
         return np.concatenate(blocks, axis=1)
@@ -229,13 +251,15 @@ class TableEncoder:
     def _numeric(self) -> list[int]:
         return [i for i, column in enumerate(self._columns) if column["kind"] == "number"]
 
-    def _numbers(self, table: pd.DataFrame | NDArray, positions: list[int]) -> Float[np.ndarray, "n k"]:
+    def _numbers(
+        self, table: pd.DataFrame | NDArray, positions: list[int], first_row: int = 0
+    ) -> Float[np.ndarray, "n k"]:
         """The numeric columns as float64, NaN where a value is missing."""
         if isinstance(table, np.ndarray):
             return table
         values = np.empty((len(table), len(positions)))
         for k, i in enumerate(positions):
-            values[:, k] = column_to_float(table.iloc[:, i], self.feature_names[i])
+            values[:, k] = column_to_float(table.iloc[:, i], self.feature_names[i], first_row)
         return values
 
     def _names_out(self) -> list[list[str]]:
@@ -246,7 +270,7 @@ class TableEncoder:
 
     # ---- matching the table that was fitted ------------------------------------------------------
 
-    def _check_columns(self, table: pd.DataFrame | NDArray) -> None:
+    def _check_columns(self, table: pd.DataFrame | NDArray, warned: bool = False) -> None:
         """Same columns in the same order: scikit-learn's wording, then what to do about it."""
         names = column_names(table)
         fitted = self.feature_names if hasattr(self, "feature_names_in_") else None
@@ -262,9 +286,9 @@ class TableEncoder:
                 f"{self.owner} was fitted on a table with category columns, but X is an array of "
                 "numbers. Pass a frame with the same columns."
             )
-        if names is not None and fitted is None:
+        if names is not None and fitted is None and not warned:
             warn(f"X has feature names, but {self.owner} was fitted without feature names", stacklevel=3)
-        if names is None and fitted is not None:
+        if names is None and fitted is not None and not warned:
             warn(
                 f"X does not have valid feature names, but {self.owner} was fitted with feature names",
                 stacklevel=3,
@@ -312,10 +336,7 @@ def check_target(y: Any, n: int | None = None) -> Float[np.ndarray, "n *t"]:
     names: list[str] | None = None
     if isinstance(y, pd.DataFrame | pd.Series):
         frame = y.to_frame() if isinstance(y, pd.Series) else y
-        names = [
-            name if isinstance(name, str) else f"y{k}" if y.ndim == 2 else "y"
-            for k, name in enumerate(frame.columns)
-        ]
+        names = target_names(y, y)
         values = np.empty(frame.shape)
         for k, name in enumerate(names):
             values[:, k] = _target_column(frame.iloc[:, k], name)
@@ -337,6 +358,15 @@ def check_target(y: Any, n: int | None = None) -> Float[np.ndarray, "n *t"]:
         )
     require_finite(values, names, x="y")
     return values
+
+
+def target_names(y: Any, values: NDArray | pd.DataFrame | pd.Series) -> list[str]:
+    """The names of the targets: those of a frame or series y, else y (for values `[n]`), or y0, y1, ... (`[n, t]`)."""
+    if values.ndim == 1:
+        name = getattr(y, "name", None)
+        return [name if isinstance(name, str) and name else "y"]
+    names = list(getattr(y, "columns", range(values.shape[1])))
+    return [name if isinstance(name, str) else f"y{k}" for k, name in enumerate(names)]
 
 
 def _target_column(column: pd.Series, name: str) -> Float[np.ndarray, " n"]:

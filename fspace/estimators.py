@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ from gpytorch.kernels import Kernel
 from sklearn.base import BaseEstimator, RegressorMixin
 from torch import Tensor
 
-from fspace.data import TableEncoder, check_target
+from fspace.data import TableEncoder, check_target, target_names
 from fspace.errors import DataError, NotFittedError, OptionError
 from fspace.inference.candidates import (
     EXACT_ROWS,
@@ -26,24 +29,30 @@ from fspace.inference.candidates import (
 from fspace.inference.numerics import pick_device, pick_dtype
 from fspace.kernels.deep import DeepKernel
 from fspace.posterior import FunctionPosterior, MixturePosterior, Predictive
+from fspace.progress import progress
 
 KERNELS = ("auto", "deep", "matern", "rbf", "neural")
+CHUNK_VALUES = 2**20  # input values predicted at a time, so that memory does not grow with the rows
 
 
 class GPRegressor(RegressorMixin, BaseEstimator):
     """Gaussian process regression with deep or plain kernels, exact or sparse.
 
     kernel: "auto" (the data choose between plain and deep), "deep", "matern", "rbf", "neural" (infinitely wide
-        network), or a gpytorch kernel, which sees standardised inputs.
+        network), or a gpytorch kernel, which sees standardised inputs. Images [n, c, h, w] and sequences [n, t, d]
+        need a `DeepKernel` with an extractor that reads them.
     inference: "auto", "exact" (Cholesky over all rows), or "collapsed" (Titsias' bound).
     likelihood: "gaussian".
     inducing: most inducing inputs of the collapsed posterior.
     members: deep kernels in the ensemble.
     categories, missing: as in `TableEncoder`; missing="impute" fills NaN.
     device: "auto", "cpu", "cuda". dtype: of networks; GP algebra is float64.
-    seed: the same seed gives the same fit on the same machine. progress: "auto" (a bar on a terminal) or False.
+    seed: the same seed gives the same fit on the same machine.
+    progress: "auto" (a bar on a terminal, where the fit takes more than two seconds) or False.
 
-    After fit: posterior_, log_evidence_ (nats, standardised y, of the first member), history_, choice_, relevance_.
+    After fit: posterior_, log_evidence_ (nats, standardised y, of the first member), history_ (dicts with "step",
+    "stage", "loss", "heldout"), choice_, relevance_ (share of each encoded column or channel), target_names_,
+    interrupted_ (Ctrl-C ended the fit early: the best state so far is kept, and a warning says which).
     """
 
     def __init__(  # scikit-learn: options are checked in fit, so that they can be set in any order
@@ -78,13 +87,13 @@ class GPRegressor(RegressorMixin, BaseEstimator):
         return tags
 
     def fit(self, X: Any, y: Any) -> GPRegressor:
-        """Fit to X [n, d] and y [n] or [n, t]. Raises a FspaceError for data or options that cannot be used."""
+        """Fit to X [n, d] (or images, sequences) and y [n] or [n, t]. Raises a FspaceError for data or options that
+        cannot be used."""
         self._check_options()
         device, dtype = pick_device(self.device), pick_dtype(self.dtype)
         encoder = TableEncoder(self.categories, self.missing, owner=type(self).__name__)
         x = np.asarray(encoder.fit_transform(X), dtype=np.float64)
-        if x.ndim != 2:
-            raise DataError(f"X has shape {list(x.shape)}; this estimator reads tables [n, columns].")
+        self._check_shape(x)
         target = check_target(y, len(x))
         if len(x) < 2:
             raise DataError("X has 1 sample (n_samples=1); a fit needs at least 2 rows.")
@@ -94,24 +103,34 @@ class GPRegressor(RegressorMixin, BaseEstimator):
         scale = np.where(spread > 1e-13 * np.maximum(np.abs(shift), 1e-300), spread, 1.0)
         tensor = lambda a: torch.tensor(a, dtype=torch.float64, device=device)  # noqa: E731
         self.history_: list[dict[str, Any]] = []
-        plan = Plan(
-            x=tensor(x),
-            y=tensor((columns - shift) / scale),
-            y_shift=tensor(shift),
-            y_scale=tensor(scale),
-            vector=target.ndim == 1,
-            exact=self.inference == "exact" or (self.inference == "auto" and len(x) <= EXACT_ROWS),
-            inducing=min(self.inducing, len(x)),
-            dtype=dtype,
-            seed=self.seed,
-            steps=60,
-            record=self._recorder(),
-        )
-        fits = self._fit(plan, x)
+        self._interrupted_in: str | None = None
+        with progress("fitting", self.progress == "auto") as tell:
+            plan = Plan(
+                x=tensor(x),
+                y=tensor((columns - shift) / scale),
+                y_shift=tensor(shift),
+                y_scale=tensor(scale),
+                vector=target.ndim == 1,
+                exact=self.inference == "exact" or (self.inference == "auto" and len(x) <= EXACT_ROWS),
+                inducing=int(min(self.inducing, len(x))),
+                dtype=dtype,
+                seed=int(self.seed),
+                steps=60,
+                record=self._recorder(tell),
+            )
+            fits = self._fit(plan, x)
+        self.interrupted_ = self._interrupted_in is not None
+        if self.interrupted_:
+            kept = f"{len(fits)} of {self.members} deep kernels" if len(fits) > 1 else self.choice_["chosen"]
+            warnings.warn(
+                f"Interrupted while fitting {self._interrupted_in}; the best state so far is kept ({kept}).",
+                stacklevel=2,
+            )
         self.encoder_ = encoder
         self.n_features_in_ = encoder.n_features_in_
         if hasattr(encoder, "feature_names_in_"):
             self.feature_names_in_ = encoder.feature_names_in_
+        self.target_names_ = target_names(y, target)
         self.log_evidence_ = fits[0].log_evidence
         posteriors = [fit.posterior for fit in fits]
         self.posterior_: FunctionPosterior = (
@@ -121,22 +140,24 @@ class GPRegressor(RegressorMixin, BaseEstimator):
         return self
 
     def _fit(self, plan: Plan, x: np.ndarray) -> list[Fitted]:
-        if self.kernel == "auto":
+        if isinstance(self.kernel, str) and self.kernel == "auto":
             fits, self.choice_ = choose(plan, self.members)
             return fits
-        scaling = input_scaling(x, warp=False)
-        if self.kernel == "deep" or isinstance(self.kernel, DeepKernel):
+        scaling = input_scaling(x, warp=False) if x.ndim == 2 else channel_scaling(x)
+        if isinstance(self.kernel, DeepKernel) or self.kernel == "deep":
             kernel = self.kernel if isinstance(self.kernel, DeepKernel) else None
-            fits = [fit_deep(plan, kernel, scaling, k, f"deep {k + 1}") for k in range(self.members)]
+            fits = []
+            for k in range(self.members):
+                fits.append(fit_deep(plan, kernel, scaling, k, f"deep {k + 1}"))
+                if self._interrupted_in is not None:
+                    break
         else:
-            import copy
-
-            kernel = (
+            plain = (
                 copy.deepcopy(self.kernel).double()
                 if isinstance(self.kernel, Kernel)
                 else named_kernel(self.kernel, x.shape[1])
             )
-            fits = [fit_plain(plan, kernel, scaling, "kernel")]
+            fits = [fit_plain(plan, plain, scaling, "kernel")]
         name = self.kernel if isinstance(self.kernel, str) else type(self.kernel).__name__
         self.choice_ = {
             "scores": {name: fits[0].score},
@@ -145,11 +166,40 @@ class GPRegressor(RegressorMixin, BaseEstimator):
         }
         return fits
 
-    def _recorder(self) -> Any:
+    def _recorder(self, tell: Callable[..., None]) -> Callable[..., None]:
+        """What training calls at every step: keeps the history, notices Ctrl-C, moves the progress bar."""
+
         def record(**entry: Any) -> None:
+            tell(**entry)
+            if entry.get("interrupted") and self._interrupted_in is None:
+                self._interrupted_in = str(entry.get("stage", "the model"))
+            if "held_out" in entry:  # a score; a history holds losses
+                entry["heldout"] = -entry.pop("held_out")
             self.history_.append({"step": len(self.history_), **entry})
 
         return record
+
+    def _check_shape(self, x: np.ndarray) -> None:
+        """Only a deep kernel whose extractor reads rows of this shape can be fitted to images and sequences."""
+        deep = isinstance(self.kernel, DeepKernel)
+        dims = self.kernel.input_dims if isinstance(self.kernel, DeepKernel) else 1
+        if x.ndim > 4:
+            raise DataError(
+                f"X has shape {list(x.shape)}; this estimator reads tables [n, columns], sequences [n, t, d] and "
+                "images [n, c, h, w]."
+            )
+        if x.ndim > 2 and not deep:
+            what = "images" if x.ndim == 4 else "sequences"
+            example = "ConvNet(in_channels)" if x.ndim == 4 else "CausalConv(in_features)"
+            raise OptionError(
+                f"X has shape {list(x.shape)} ({what}); kernel={self.kernel!r} reads tables. Pass "
+                f"kernel=DeepKernel({example}, MaternKernel()), with both from fspace.kernels, or flatten the rows."
+            )
+        if deep and dims is not None and dims != x.ndim - 1:
+            raise OptionError(
+                f"X has shape {list(x.shape)}, but the kernel's {type(self.kernel.extractor).__name__} reads rows of "
+                f"{dims} dimension{'s' * (dims != 1)}; reshape X to {dims + 1} dimensions, or take another extractor."
+            )
 
     def _check_options(self) -> None:
         if isinstance(self.kernel, str) and self.kernel not in KERNELS:
@@ -162,6 +212,8 @@ class GPRegressor(RegressorMixin, BaseEstimator):
             raise OptionError(
                 f"inference={self.inference!r} does not exist; choose 'auto', 'exact' or 'collapsed'."
             )
+        if self.progress is not False and self.progress != "auto":
+            raise OptionError(f"progress={self.progress!r} does not exist; choose 'auto' or False.")
         if self.likelihood != "gaussian":
             raise OptionError(f"likelihood={self.likelihood!r} does not exist; only 'gaussian' does so far.")
         for name in ("inducing", "members"):
@@ -169,29 +221,38 @@ class GPRegressor(RegressorMixin, BaseEstimator):
             if not isinstance(value, int | np.integer) or value < 1:
                 raise OptionError(f"{name}={value!r} must be a whole number of at least 1.")
 
-    def _encoded(self, X: Any) -> Tensor:
+    def _parts(self, X: Any) -> Iterator[Tensor]:
+        """Encoded rows, some at a time."""
         if not hasattr(self, "posterior_"):
             raise NotFittedError(f"This {type(self).__name__} instance is not fitted yet. Call 'fit' first.")
-        return torch.tensor(self.encoder_.transform(X), dtype=torch.float64)
+        for part in self.encoder_.batches(X, CHUNK_VALUES):
+            yield torch.tensor(part, dtype=torch.float64)
 
     def predictive(self, X: Any) -> Predictive:
         """Distribution of y at X [n, d]: mean, variance, log_prob, quantile, interval, samples."""
-        x = self._encoded(X)
+        x = torch.cat(list(self._parts(X)))
         return self.posterior_.observed(x)
 
     @torch.no_grad()
     def predict(self, X: Any, return_std: bool = False, return_cov: bool = False) -> Any:
         """Mean of y [n] or [n, t]; with return_std also its standard deviation, with return_cov the joint covariance.
 
-        Both include the noise. Raises OptionError when both are asked for.
+        Both include the noise. Rows are taken some at a time, so millions fit in memory (not with return_cov).
+        Raises OptionError when both are asked for.
         """
         if return_std and return_cov:
             raise OptionError("predict gives either return_std or return_cov, not both.")
-        predictive: Any = self.predictive(X)
-        mean = predictive.mean.cpu().numpy()
-        if return_std:
-            return mean, predictive.stddev.cpu().numpy()
-        return (mean, predictive.covariance.cpu().numpy()) if return_cov else mean
+        if return_cov:
+            joint: Any = self.predictive(X)
+            return joint.mean.cpu().numpy(), joint.covariance.cpu().numpy()
+        means, deviations = [], []
+        for x in self._parts(X):
+            predictive = self.posterior_.observed(x)
+            means.append(predictive.mean.cpu().numpy())
+            if return_std:
+                deviations.append(predictive.stddev.cpu().numpy())
+        mean = np.concatenate(means)
+        return (mean, np.concatenate(deviations)) if return_std else mean
 
     def predict_cdf(self, X: Any, thresholds: Any) -> np.ndarray:
         """P(y <= threshold) at every row, for a threshold or one a row."""
@@ -211,12 +272,26 @@ class GPRegressor(RegressorMixin, BaseEstimator):
         return save(self, path)
 
 
+def channel_scaling(x: np.ndarray) -> dict[str, np.ndarray]:
+    """One shift and scale a channel, shaped to broadcast against x: [c, 1, 1] for images [n, c, h, w], [d] for
+    sequences [n, t, d]. Constant channels stay at zero."""
+    others, shape = ((0, 2, 3), (-1, 1, 1)) if x.ndim == 4 else ((0, 1), (-1,))
+    shift, scale = x.mean(axis=others), x.std(axis=others)
+    scale = np.where(scale > 1e-12 * np.abs(shift), scale, 1.0)
+    one = np.ones_like(shift)
+    parts = {"unit": one, "power": one, "shift": shift, "scale": scale}
+    return {name: part.reshape(shape) for name, part in parts.items()}
+
+
 def _relevance(posterior: FunctionPosterior, x: Tensor) -> np.ndarray:
-    """Share of each encoded column in the function: mean squared slope of the mean times the column's spread."""
+    """Share of each encoded column (or channel) in the function: root mean square of the mean's slope times the
+    column's spread."""
     pick = x[:: max(1, len(x) // 200)].clone().requires_grad_()
     posterior.latent(pick).mean.sum().backward()
     assert pick.grad is not None
-    share = (pick.grad * x.std(dim=0)).square().mean(dim=0).sqrt().nan_to_num(0.0)
+    channel = 1 if x.ndim == 4 else x.ndim - 1
+    slopes = (pick.grad * x.std(dim=0)).movedim(channel, -1).flatten(0, -2)
+    share = slopes.square().mean(dim=0).sqrt().nan_to_num(0.0)
     total = share.sum()
     share = share / total if total > 0 else torch.full_like(share, 1.0 / len(share))
     return share.cpu().numpy()

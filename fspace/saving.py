@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import zipfile
@@ -59,14 +60,21 @@ def save(model: GPRegressor, path: str | Path) -> Path:
         "history": model.history_,
         "choice": model.choice_,
         "relevance": model.relevance_.tolist(),
+        "target_names": model.target_names_,
+        "interrupted": model.interrupted_,
     }
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     unfinished = path.with_name(path.name + ".part")
     with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("model.json", json.dumps(header))
+        archive.writestr("model.json", json.dumps(header, default=_plain))
         archive.writestr("model.safetensors", write_tensors(tensors))
     os.replace(unfinished, path)
     return path
+
+
+def _plain(value: Any) -> Any:
+    """Options as JSON: numpy's numbers and arrays, torch's devices and types."""
+    return value.tolist() if hasattr(value, "tolist") else str(value).removeprefix("torch.")
 
 
 def _describe(member: GPPosterior, prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -91,8 +99,9 @@ def load(
 ) -> GPRegressor:
     """Read a saved estimator; it predicts as it did, and needs no training data.
 
-    modules: {"extractor": module} for a feature extractor that is not one of fspace's or torch's standard layers.
-    Raises ModelFileError for files that are missing, damaged or foreign.
+    modules: {"extractor": module} for a feature extractor that is not one of fspace's or torch's standard layers;
+    it stays as it is, copies of it take the saved weights. Raises ModelFileError for files that are missing, damaged
+    or foreign, and where such a module is needed or does not fit.
     """
     path, where = Path(path), pick_device(device)
     try:
@@ -125,6 +134,7 @@ def load(
         )
         model.log_evidence_ = header["log_evidence"]
         model.history_, model.choice_ = header["history"], header["choice"]
+        model.target_names_, model.interrupted_ = header["target_names"], header["interrupted"]
         model.relevance_ = torch.tensor(header["relevance"], dtype=torch.float64).numpy()
         model.n_features_in_ = model.encoder_.n_features_in_
         if hasattr(model.encoder_, "feature_names_in_"):
@@ -143,9 +153,22 @@ def _member(
         return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
 
     where = tensors["inducing_inputs"].device
-    kernel = kernel_from_spec(spec["kernel"], modules).to(where)
+    own = copy.deepcopy(dict(modules or {}))  # each member has weights of its own
+    for name, module in own.items():
+        saved = [v for k, v in tensors.items() if k.startswith(f"kernel.{name}.") and v.is_floating_point()]
+        if saved:
+            module.to(saved[0].dtype)
+    kernel = kernel_from_spec(spec["kernel"], own).to(where)
     kernel.eval().requires_grad_(False)  # first, because going to eval may move a spectral-norm estimate
-    kernel.load_state_dict(part("kernel"))
+    try:
+        kernel.load_state_dict(part("kernel"))
+    except RuntimeError as error:
+        if not own:
+            raise
+        raise ModelFileError(
+            f"The weights in the file do not fit modules={{{', '.join(map(repr, own))}: ...}}; pass a module built "
+            f"as the one that was fitted. {error}"
+        ) from error
     likelihood = gaussian_likelihood(spec["outputs"], 0.1, where)
     likelihood.load_state_dict(part("likelihood"))
     likelihood.eval().requires_grad_(False)
