@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+
 app = typer.Typer(
     name="fspace",
     help="Calibrated predictions from tables: Gaussian processes with deep or plain kernels.",
@@ -57,7 +59,8 @@ def fit(
 ) -> None:
     """Fit a table, measure on rows held out, and write model, metrics, predictions and a report.
 
-    A folder that holds earlier results is never written over unless --overwrite is given.
+    A folder that holds earlier results is never written over unless --overwrite is given. Ctrl-C ends the fit early:
+    everything is written about its best state so far, and the exit status is 130.
     """
     from fspace.runs import FitRun, fit_table
 
@@ -79,6 +82,8 @@ def fit(
         _print_json(results)
     else:
         _print_results(results)
+    if results["interrupted"]:
+        raise typer.Exit(INTERRUPTED)
 
 
 @app.command()
@@ -92,7 +97,7 @@ def predict(
     """Predict every row of a table: mean, standard deviation and the central 90% interval of the target."""
     from fspace.runs import predict_table
 
-    summary = predict_table(model, data, out, overwrite=overwrite)
+    summary = predict_table(model, data, out, overwrite=overwrite, quiet=as_json)
     if as_json:
         _print_json(summary)
         return

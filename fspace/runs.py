@@ -7,10 +7,8 @@ import math
 import os
 import shutil
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +22,14 @@ from fspace.columns import suggest
 from fspace.data import TableEncoder, check_target, load_diabetes_table, read_table, split_target, write_table
 from fspace.errors import DataError, ModelFileError, OptionError
 from fspace.estimators import GPRegressor
+from fspace.progress import progress
 from fspace.report import choice_scores, write_report
 from fspace.scores import baseline_scores, regression_scores
+from fspace.streams import PartWriter, read_parts
 
 DEFAULT_OUT = "fspace-out"
 MODEL, METRICS, PREDICTIONS, REPORT = "model.fspace", "metrics.json", "predictions.csv", "report.html"
-CHUNK = 20_000  # rows predicted at a time, so that memory does not grow with the table
+CHUNK = 20_000  # rows read, predicted and written at a time, so that memory does not grow with the table
 
 
 @dataclass
@@ -50,7 +50,8 @@ class FitRun:
 def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
     """Fit, measure and write everything; returns what metrics.json holds, with the files' paths.
 
-    Raises a FspaceError before the fit for whatever can be known to be wrong by then.
+    Raises a FspaceError before the fit for whatever can be known to be wrong by then. After Ctrl-C in the fit all is
+    written about its best state so far, and "interrupted" is true.
     """
     if run.task != "regression":
         raise OptionError(f"task={run.task!r} does not exist; so far there is 'regression'.")
@@ -59,7 +60,8 @@ def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
     folder = choose_folder(run.out, run.overwrite)
     inputs, target, source = _load(run)
     y = check_target(target)
-    y = y[:, 0] if y.shape[1] == 1 else y
+    one = y.shape[1] == 1
+    y = y[:, 0] if one else y
     # over all rows, so that a bad cell is named by its row in the file, not by its row in the training part
     TableEncoder(missing=str(run.options.get("missing", "error"))).fit(inputs)
     train, test = _split(len(inputs), run.test_fraction, int(run.options.get("seed", 0)))
@@ -67,13 +69,13 @@ def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
         categories=list(run.categorical) or None, progress=False if quiet else "auto", **run.options
     )
     started = time.perf_counter()
-    model.fit(inputs.iloc[train], y[train])
+    model.fit(inputs.iloc[train], (target.iloc[:, 0] if one else target).iloc[train])
     seconds = time.perf_counter() - started
 
     part = folder.with_name(f".{folder.name}.{os.getpid()}")
     part.mkdir()
     try:
-        with _patience("measuring and writing the results", quiet):
+        with progress("measuring and writing the results", not quiet):
             results = _write(part, run, model, seconds, inputs, y, target, source, train, test)
     finally:  # whatever was written is kept, also where a later file failed
         if any(part.iterdir()):
@@ -120,6 +122,7 @@ def _write(
         "choice": scores,
         "log_evidence": float(model.log_evidence_),
         "seconds": round(seconds, 3),
+        "interrupted": model.interrupted_,
         "options": {"test_fraction": run.test_fraction, **run.options},
         "versions": _versions(),
     }
@@ -149,7 +152,9 @@ def _write(
     return results
 
 
-def predict_table(model: str, data: str, out: str, overwrite: bool = False) -> dict[str, Any]:
+def predict_table(
+    model: str, data: str, out: str, overwrite: bool = False, quiet: bool = False
+) -> dict[str, Any]:
     """Predictions of a saved model for each row of a file, written to another; returns a summary.
 
     Columns are taken by name, in whatever order they stand; others are left out, and the summary says which.
@@ -160,30 +165,33 @@ def predict_table(model: str, data: str, out: str, overwrite: bool = False) -> d
     if not target_file.name.lower().endswith((".csv", ".tsv", ".parquet", ".pq")):
         raise OptionError(f"{out!r}: write to a name that ends in .csv or .parquet.")
     fitted = load_model(model)
-    table = read_table(data)
-    encoder, notes = fitted.encoder_, []
-    if hasattr(encoder, "feature_names_in_"):
-        known = encoder.feature_names
-        extra = [name for name in table.columns if name not in known]
-        if extra:
-            notes.append(f"Left out, not used by the model: {', '.join(extra)}")
-        table = table[[name for name in known if name in table.columns]]
-    for name, levels in zip(encoder.feature_names, encoder.levels, strict=False):
-        if levels and name in table.columns and all(isinstance(level, str) for level in levels):
-            table = table.assign(
-                **{name: table[name].map(str, na_action="ignore")}
-            )  # 1 read as a number is "1"
-    encoded = encoder.transform(table)
-    names = _output_names(fitted)
-    with torch.no_grad():
-        parts = [
-            _columns(fitted.posterior_.observed(torch.from_numpy(encoded[i : i + CHUNK])), names)
-            for i in range(0, len(encoded), CHUNK)
-        ]
+    encoder, names = fitted.encoder_, fitted.target_names_
+    known = encoder.feature_names if hasattr(encoder, "feature_names_in_") else None
+    text = [
+        name
+        for name, levels in zip(encoder.feature_names, encoder.levels, strict=False)
+        if levels and all(isinstance(level, str) for level in levels)
+    ]
+    notes: list[str] = []
+    rows = 0
     partial = target_file.with_name(f".{os.getpid()}.{target_file.name}")
-    write_table(pd.concat(parts, ignore_index=True), partial)
-    os.replace(partial, target_file)
-    return {"rows": len(encoded), "out": str(target_file), "targets": names, "notes": notes}
+    try:
+        with progress("predicting", not quiet) as tell, PartWriter(partial) as writer:
+            for part in read_parts(data, CHUNK, text):
+                if known is not None:
+                    extra = [name for name in part.columns if name not in known]
+                    if extra and rows == 0:
+                        notes.append(f"Left out, not used by the model: {', '.join(extra)}")
+                    part = part[[name for name in known if name in part.columns]]
+                with torch.no_grad():
+                    x = torch.tensor(encoder.transform(part, rows), dtype=torch.float64)
+                    writer.write(_columns(fitted.posterior_.observed(x), names))
+                rows += len(part)
+                tell(done=rows)
+        os.replace(partial, target_file)
+    finally:  # a table that is refused half-way leaves nothing behind
+        partial.unlink(missing_ok=True)
+    return {"rows": rows, "out": str(target_file), "targets": names, "notes": notes}
 
 
 def load_model(path: str) -> Any:
@@ -279,15 +287,6 @@ def _suffix(name: str, names: Sequence[str]) -> str:
     return "" if len(names) == 1 else f"_{name}"
 
 
-def _output_names(model: Any) -> list[str]:
-    names = getattr(model, "target_names_", None)
-    return (
-        [str(name) for name in names]
-        if names is not None
-        else [str(k) for k in range(model.posterior_.num_outputs)]
-    )
-
-
 def _versions() -> dict[str, str]:
     import gpytorch
 
@@ -353,23 +352,3 @@ def _publish(part: Path, folder: Path, run: FitRun) -> Path:
         os.replace(item, folder / item.name)
     part.rmdir()
     return folder
-
-
-@contextmanager
-def _patience(what: str, quiet: bool) -> Iterator[None]:
-    """A spinner on a terminal for whatever takes more than two seconds; silence elsewhere."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield
-        return
-    status = console.status(what)
-    timer = threading.Timer(2.0, status.start)
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()
-        status.stop()

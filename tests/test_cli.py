@@ -12,9 +12,10 @@ import pandas as pd
 import pytest
 
 import fspace
-from fspace import cli, runs
-from fspace.data import read_table, write_table
+from fspace import cli, estimators, runs
+from fspace.data import TableEncoder, read_table, write_table
 from fspace.errors import OptionError
+from fspace.inference.candidates import fit_plain
 
 ROWS = 40
 QUICK = ["--kernel", "matern"]
@@ -266,6 +267,66 @@ def test_a_long_table_is_predicted_in_parts(run, houses, monkeypatch):
     pd.testing.assert_frame_equal(read_table("whole.csv"), read_table("parts.csv"), rtol=1e-9)
 
 
+def test_a_bad_cell_in_a_later_part_is_named_by_its_row_in_the_file(run, houses, tmp_path, monkeypatch):
+    assert run(*FIT, "--out", "m")[0] == 0
+    monkeypatch.setattr(runs, "CHUNK", 7)
+    frame = table()
+    for change, words in [
+        (frame.assign(size=frame["size"].where(frame.index != 31)), ["Row 31, column 'size'"]),
+        (frame.assign(city=frame["city"].where(frame.index != 31, "Roma")), ["'city', row 31", "'Rome'"]),
+        (frame.assign(city=frame["city"].where(frame.index != 31)), ["Row 31, column 'city'"]),
+        (
+            frame.assign(size=frame["size"].astype(object).where(frame.index != 31, "much")),
+            ["row 31 ('much')"],
+        ),
+    ]:
+        write_table(change, tmp_path / "other.csv")
+        refused(run("predict", "m", "other.csv", "--out", "p.csv"), *words)
+        assert sorted(os.listdir()) == ["houses.csv", "m", "other.csv"]
+    whole = houses.read_text().rstrip()
+    (tmp_path / "other.csv").write_text(whole[: whole.rindex(",")])
+    refused(run("predict", "m", "other.csv", "--out", "p.csv"), "cut off", "row 39")
+
+
+def test_what_is_predicted_from_a_file_is_what_python_predicts(run, houses, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "CHUNK", 9)
+    frame = table().astype({"city": "category"})
+    for name in ("houses.parquet", "houses.tsv", "houses.csv.gz"):
+        write_table(frame, tmp_path / name)
+    assert run(*FIT, "--out", "m")[0] == 0
+    model = fspace.load("m/model.fspace")
+    mean, std = model.predict(frame[["size", "city", "new"]], return_std=True)
+    for name in ("houses.csv", "houses.parquet", "houses.tsv", "houses.csv.gz"):
+        for out in ("p.csv", "p.parquet", "p.tsv"):
+            assert run("predict", "m", name, "--out", out, "--overwrite")[0] == 0
+            predictions = read_table(out)
+            np.testing.assert_allclose(predictions["mean"], mean, rtol=1e-9)
+            np.testing.assert_allclose(predictions["std"], std, rtol=1e-9)
+            assert len(predictions) == ROWS
+
+
+def test_memory_of_a_prediction_does_not_grow_with_the_file(run, tmp_path, monkeypatch):
+    """No frame of more than one part is ever encoded."""
+    frame = table()[["size", "price"]]
+    write_table(frame, tmp_path / "small.csv")
+    assert run("fit", "small.csv", "--target", "price", "--out", "m", "--inducing", 4, *QUICK)[0] == 0
+    rows = 200_000
+    write_table(pd.DataFrame({"size": np.linspace(20, 200, rows)}), tmp_path / "long.csv")
+    longest = 0
+    encode = TableEncoder.transform
+
+    def watched(self, X, first_row=0):
+        nonlocal longest
+        longest = max(longest, len(X))
+        return encode(self, X, first_row)
+
+    monkeypatch.setattr(TableEncoder, "transform", watched)
+    assert run("predict", "m", "long.csv", "--out", "p.csv")[0] == 0
+    assert longest == runs.CHUNK < rows
+    predictions = pd.read_csv("p.csv")
+    assert len(predictions) == rows and predictions["mean"].iloc[-1] == pytest.approx(600, abs=60)
+
+
 def test_tables_that_do_not_fit_the_model(run, houses, tmp_path):
     assert run(*FIT, "--out", "m")[0] == 0
     frame = table()
@@ -284,9 +345,45 @@ def test_categories_written_as_numbers(run, tmp_path):
     frame = table()[["size", "price"]].assign(code=np.tile(["A", "1"], ROWS // 2))
     write_table(frame, tmp_path / "codes.csv")
     assert run("fit", "codes.csv", "--target", "price", "--categorical", "code", "--out", "m", *QUICK)[0] == 0
-    write_table(frame[frame["code"] == "1"], tmp_path / "ones.csv")
-    assert read_table("ones.csv")["code"].dtype.kind == "i"
-    assert run("predict", "m", "ones.csv", "--out", "p.csv")[0] == 0
+    for ending in ("csv", "parquet"):
+        write_table(frame[frame["code"] == "1"].astype({"code": int}), tmp_path / f"ones.{ending}")
+        assert read_table(f"ones.{ending}")["code"].dtype.kind == "i"
+        assert run("predict", "m", f"ones.{ending}", "--out", f"p-{ending}.csv")[0] == 0
+    frame = frame.assign(code=np.tile(["A", "01"], ROWS // 2))  # another file's "01" is not the number 1
+    write_table(frame, tmp_path / "codes.csv")
+    assert run("fit", "codes.csv", "--target", "price", "--categorical", "code", "--out", "n", *QUICK)[0] == 0
+    write_table(frame[frame["code"] == "01"], tmp_path / "ones.csv")
+    assert run("predict", "n", "ones.csv", "--out", "q.csv")[0] == 0
+
+
+# ---- Ctrl-C ----------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_in_the_fit_keeps_the_best_state_and_writes_everything(run, houses, monkeypatch):
+    def interrupted(plan, kernel, scaling, stage):
+        plan.record(stage=stage, loss=1.0, interrupted=True)
+        return fit_plain(plan, kernel, scaling, stage)
+
+    monkeypatch.setattr(estimators, "fit_plain", interrupted)
+    status, out, err = run(*FIT, "--out", "m")
+    assert status == 130 and "RMSE" in out and out.rstrip().endswith("open m/report.html")
+    assert err.count("\n") == 1 and "Interrupted" in err and "best state so far is kept" in err
+    assert sorted(os.listdir("m")) == ["metrics.json", "model.fspace", "predictions.csv", "report.html"]
+    assert json.loads(open("m/metrics.json").read())["interrupted"] is True
+    assert fspace.load("m/model.fspace").interrupted_
+    monkeypatch.undo()
+
+
+def test_ctrl_c_elsewhere_leaves_nothing_half_written(run, houses, monkeypatch):
+    assert run(*FIT, "--out", "m")[0] == 0
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "_columns", stop)
+    status, out, err = run("predict", "m", "houses.csv", "--out", "p.csv")
+    assert status in (1, 130) and out == "" and "Traceback" not in err
+    assert sorted(os.listdir()) == ["houses.csv", "m"]
 
 
 # ---- the process -----------------------------------------------------------------------------------
