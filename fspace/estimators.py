@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from gpytorch.kernels import Kernel
+from gpytorch.likelihoods import GaussianLikelihood
 from sklearn.base import BaseEstimator, RegressorMixin
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from fspace.data import TableEncoder, check_target, target_names
 from fspace.errors import DataError, NotFittedError, OptionError
 from fspace.inference.candidates import (
     EXACT_ROWS,
-    Fitted,
+    Choice,
     Plan,
     choose,
     fit_deep,
@@ -27,10 +29,13 @@ from fspace.inference.candidates import (
     named_kernel,
 )
 from fspace.inference.numerics import pick_device, pick_dtype
+from fspace.inference.optimise import MIN_NOISE, gaussian_likelihood
 from fspace.kernels.deep import DeepKernel
 from fspace.posterior import FunctionPosterior, MixturePosterior, Predictive
 from fspace.progress import progress
 
+LIKELIHOODS = ("auto", "gaussian", "heteroscedastic")
+MOST_INDUCING = 2000
 KERNELS = ("auto", "deep", "matern", "rbf", "neural")
 CHUNK_VALUES = 2**20  # input values predicted at a time, so that memory does not grow with the rows
 
@@ -42,8 +47,11 @@ class GPRegressor(RegressorMixin, BaseEstimator):
         network), or a gpytorch kernel, which sees standardised inputs. Images [n, c, h, w] and sequences [n, t, d]
         need a `DeepKernel` with an extractor that reads them.
     inference: "auto", "exact" (Cholesky over all rows), or "collapsed" (Titsias' bound).
-    likelihood: "gaussian".
-    inducing: most inducing inputs of the collapsed posterior.
+    likelihood: "auto" (with kernel="auto" the data say whether the noise varies over the inputs; else constant),
+        "gaussian" (constant), "heteroscedastic" (varies), or a gpytorch GaussianLikelihood, whose noise is in units
+        of standardised y and is where the fit starts.
+    inducing: most inducing inputs of the collapsed posterior; or a number below 1, the share of the prior variance
+        they may leave unexplained, and as many are taken (2,000 at most).
     members: deep kernels in the ensemble.
     categories, missing: as in `TableEncoder`; missing="impute" fills NaN.
     device: "auto", "cpu", "cuda". dtype: of networks; GP algebra is float64.
@@ -59,7 +67,7 @@ class GPRegressor(RegressorMixin, BaseEstimator):
         self,
         kernel: Any = "auto",
         inference: Any = "auto",
-        likelihood: Any = "gaussian",
+        likelihood: Any = "auto",
         inducing: Any = 512,
         members: Any = 3,
         categories: Any = None,
@@ -112,18 +120,26 @@ class GPRegressor(RegressorMixin, BaseEstimator):
                 y_scale=tensor(scale),
                 vector=target.ndim == 1,
                 exact=self.inference == "exact" or (self.inference == "auto" and len(x) <= EXACT_ROWS),
-                inducing=int(min(self.inducing, len(x))),
+                inducing=min(int(self.inducing) if self.inducing >= 1 else MOST_INDUCING, len(x)),
                 dtype=dtype,
                 seed=int(self.seed),
+                tolerance=0.0 if self.inducing >= 1 else float(self.inducing),
+                vary={"auto": None, "heteroscedastic": True}.get(self.likelihood, False)
+                if isinstance(self.likelihood, str)
+                else False,
+                likelihood=None
+                if isinstance(self.likelihood, str)
+                else own_likelihood(self.likelihood, columns.shape[1]),
                 steps=60,
                 record=self._recorder(tell),
             )
-            fits = self._fit(plan, x)
+            choice = self._fit(plan, x)
+        self.choice_ = choice.report
         self.interrupted_ = self._interrupted_in is not None
         if self.interrupted_:
-            kept = f"{len(fits)} of {self.members} deep kernels" if len(fits) > 1 else self.choice_["chosen"]
             warnings.warn(
-                f"Interrupted while fitting {self._interrupted_in}; the best state so far is kept ({kept}).",
+                f"Interrupted while fitting {self._interrupted_in}; the best state so far is kept "
+                f"({', '.join(self.choice_['weights'])}).",
                 stacklevel=2,
             )
         self.encoder_ = encoder
@@ -131,18 +147,20 @@ class GPRegressor(RegressorMixin, BaseEstimator):
         if hasattr(encoder, "feature_names_in_"):
             self.feature_names_in_ = encoder.feature_names_in_
         self.target_names_ = target_names(y, target)
-        self.log_evidence_ = fits[0].log_evidence
-        posteriors = [fit.posterior for fit in fits]
+        heaviest = choice.fits[int(choice.weights.argmax())]
+        self.log_evidence_ = heaviest.log_evidence
+        posteriors = [fit.posterior for fit in choice.fits]
         self.posterior_: FunctionPosterior = (
-            posteriors[0] if len(posteriors) == 1 else MixturePosterior(posteriors)
+            posteriors[0] if len(posteriors) == 1 else MixturePosterior(posteriors, choice.weights.cpu())
         )
         self.relevance_ = _relevance(self.posterior_, plan.x)
         return self
 
-    def _fit(self, plan: Plan, x: np.ndarray) -> list[Fitted]:
+    def _fit(self, plan: Plan, x: np.ndarray) -> Choice:
         if isinstance(self.kernel, str) and self.kernel == "auto":
-            fits, self.choice_ = choose(plan, self.members)
-            return fits
+            return choose(plan, self.members)
+        if plan.vary is None:  # whoever names a kernel gets that model; "heteroscedastic" asks for the other
+            plan = replace(plan, vary=False)
         scaling = input_scaling(x, warp=False) if x.ndim == 2 else channel_scaling(x)
         if isinstance(self.kernel, DeepKernel) or self.kernel == "deep":
             kernel = self.kernel if isinstance(self.kernel, DeepKernel) else None
@@ -157,14 +175,16 @@ class GPRegressor(RegressorMixin, BaseEstimator):
                 if isinstance(self.kernel, Kernel)
                 else named_kernel(self.kernel, x.shape[1])
             )
-            fits = [fit_plain(plan, plain, scaling, "kernel")]
-        name = self.kernel if isinstance(self.kernel, str) else type(self.kernel).__name__
-        self.choice_ = {
-            "scores": {name: fits[0].score},
-            "chosen": name,
+            name = self.kernel if isinstance(self.kernel, str) else type(self.kernel).__name__
+            fits = fit_plain(plan, plain, scaling, name)
+        weights = torch.full((len(fits),), 1.0 / len(fits), dtype=torch.float64)
+        report = {
+            "scores": {fit.name: fit.score for fit in fits},
+            "chosen": fits[0].name,
+            "weights": {fit.name: 1.0 / len(fits) for fit in fits},
             "unit": "log density a row, standardised y",
         }
-        return fits
+        return Choice(fits, weights, report)
 
     def _recorder(self, tell: Callable[..., None]) -> Callable[..., None]:
         """What training calls at every step: keeps the history, notices Ctrl-C, moves the progress bar."""
@@ -214,12 +234,23 @@ class GPRegressor(RegressorMixin, BaseEstimator):
             )
         if self.progress is not False and self.progress != "auto":
             raise OptionError(f"progress={self.progress!r} does not exist; choose 'auto' or False.")
-        if self.likelihood != "gaussian":
-            raise OptionError(f"likelihood={self.likelihood!r} does not exist; only 'gaussian' does so far.")
-        for name in ("inducing", "members"):
-            value = getattr(self, name)
-            if not isinstance(value, int | np.integer) or value < 1:
-                raise OptionError(f"{name}={value!r} must be a whole number of at least 1.")
+        if isinstance(self.likelihood, str) and self.likelihood not in LIKELIHOODS:
+            raise OptionError(
+                f"likelihood={self.likelihood!r} does not exist; choose one of {', '.join(LIKELIHOODS)} or pass a "
+                "gpytorch GaussianLikelihood."
+            )
+        if not isinstance(self.likelihood, str | GaussianLikelihood):
+            raise OptionError(
+                f"likelihood is a {type(self.likelihood).__name__}; pass a name or a gpytorch GaussianLikelihood."
+            )
+        if not isinstance(self.members, int | np.integer) or self.members < 1:
+            raise OptionError(f"members={self.members!r} must be a whole number of at least 1.")
+        share = isinstance(self.inducing, float) and 0 < self.inducing < 1
+        if not share and (not isinstance(self.inducing, int | np.integer) or self.inducing < 1):
+            raise OptionError(
+                f"inducing={self.inducing!r} must be a whole number of at least 1, or a share of the prior variance "
+                "between 0 and 1 that may stay unexplained."
+            )
 
     def _parts(self, X: Any) -> Iterator[Tensor]:
         """Encoded rows, some at a time."""
@@ -270,6 +301,23 @@ class GPRegressor(RegressorMixin, BaseEstimator):
         from fspace.saving import save
 
         return save(self, path)
+
+
+def own_likelihood(given: GaussianLikelihood, outputs: int) -> GaussianLikelihood:
+    """A copy in float64 with one noise an output; one given for all outputs starts them all."""
+    like = copy.deepcopy(given).double()
+    if not like.raw_noise.requires_grad:
+        raise OptionError(
+            "likelihood has a noise that is fixed; this estimator learns it. Leave requires_grad on."
+        )
+    if like.noise.numel() not in (1, outputs):
+        raise OptionError(
+            f"likelihood has {like.noise.numel()} noise variances, but y has {outputs} outputs."
+        )
+    noise = like.noise.detach().reshape(-1, 1).expand(outputs, 1).clone()
+    own = gaussian_likelihood(outputs, 0.1, torch.device("cpu"))
+    own.noise = noise.clamp(min=1.001 * MIN_NOISE)
+    return own
 
 
 def channel_scaling(x: np.ndarray) -> dict[str, np.ndarray]:

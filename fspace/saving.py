@@ -21,8 +21,9 @@ from fspace.errors import ModelFileError, NotFittedError
 from fspace.estimators import GPRegressor
 from fspace.inference.basis import Basis, Site
 from fspace.inference.gp import GPPosterior, Scaling
+from fspace.inference.noise import NoiseFunction
 from fspace.inference.numerics import pick_device
-from fspace.inference.train import gaussian_likelihood
+from fspace.inference.optimise import gaussian_likelihood
 from fspace.kernels.describe import kernel_from_spec, kernel_to_spec
 from fspace.posterior import MixturePosterior
 
@@ -81,6 +82,8 @@ def _describe(member: GPPosterior, prefix: str, tensors: dict[str, torch.Tensor]
     basis, site = member.basis, member.site
     tensors |= {f"{prefix}kernel.{k}": v for k, v in basis.kernel.state_dict().items()}
     tensors |= {f"{prefix}likelihood.{k}": v for k, v in basis.likelihood.state_dict().items()}
+    if basis.noise_function is not None:
+        tensors |= {f"{prefix}noise_function.{k}": v for k, v in basis.noise_function.state_dict().items()}
     tensors |= {f"{prefix}scaling.{k}": getattr(member.scaling, k) for k in SCALING}
     tensors[f"{prefix}inducing_inputs"] = basis.inducing_inputs
     tensors |= {f"{prefix}site.{k}": getattr(site, k) for k in ("precision", "shift", "log_scale")}
@@ -172,7 +175,7 @@ def _member(
     likelihood = gaussian_likelihood(spec["outputs"], 0.1, where)
     likelihood.load_state_dict(part("likelihood"))
     likelihood.eval().requires_grad_(False)
-    basis = Basis(kernel, tensors["inducing_inputs"], likelihood)
+    basis = Basis(kernel, tensors["inducing_inputs"], likelihood, _noise_function(part("noise_function")))
     if basis.id != spec["basis_id"]:
         raise ModelFileError("A saved parameter differs from what was saved (the basis has another id).")
     natural = part("site")
@@ -180,3 +183,11 @@ def _member(
         basis.id, natural["precision"], natural["shift"], natural["log_scale"], spec["count"], spec["site_id"]
     )
     return GPPosterior(basis, site, Scaling(**part("scaling")), spec["vector"])
+
+
+def _noise_function(tensors: dict[str, torch.Tensor]) -> NoiseFunction | None:
+    if not tensors:
+        return None
+    function = NoiseFunction(tensors["inducing_inputs"], tensors["weights"])
+    function.load_state_dict(tensors)
+    return function.eval().requires_grad_(False)

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fspace.errors import OptionError
+from fspace.inference.noise import NoiseFunction
 from fspace.inference.numerics import cholesky, solve_lower
 from fspace.kernels.deep import embed, embedded_kernel
 from fspace.kernels.evaluate import covariance, diagonal
@@ -28,12 +29,14 @@ FIRST_JITTER = 1e-10  # relative to the mean of the diagonal of K_uu
 class Basis:
     """Kernel, inducing inputs (in the kernel's embedding) and likelihood, at fixed parameters.
 
-    Shapes: inducing_inputs [m, p]; the likelihood's noise [t, 1], one variance an output.
+    Shapes: inducing_inputs [m, p]; the likelihood's noise [t, 1], one variance an output, times exp(noise_function)
+    where the noise varies over the inputs.
     """
 
     kernel: Kernel
     inducing_inputs: Float[Tensor, "m p"]
     likelihood: GaussianLikelihood
+    noise_function: NoiseFunction | None = None
 
     @cached_property
     def id(self) -> str:
@@ -42,6 +45,8 @@ class Basis:
         state = {f"kernel.{k}": v for k, v in self.kernel.state_dict().items()}
         state |= {f"likelihood.{k}": v for k, v in self.likelihood.state_dict().items()}
         state["inducing_inputs"] = self.inducing_inputs
+        if self.noise_function is not None:
+            state |= {f"noise_function.{k}": v for k, v in self.noise_function.state_dict().items()}
         for name in sorted(state):
             value = state[name].detach().cpu().contiguous()
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -68,6 +73,12 @@ class Basis:
     def noise(self) -> Float[Tensor, " t"]:
         """Noise variance of every output."""
         return self.likelihood.noise.detach()[..., 0]
+
+    def log_noise_ratio(self, z: Float[Tensor, "*b n p"]) -> Float[Tensor, "*b n"]:
+        """Log of the noise variance at embedded inputs relative to `noise`: zero where the noise is constant."""
+        if self.noise_function is None:
+            return torch.zeros(z.shape[:-1], dtype=z.dtype, device=z.device)
+        return self.noise_function(z)
 
     def embed(self, x: Tensor) -> Tensor:
         """Inputs as the kernel sees them: [..., n, d] (or images, sequences) -> [..., n, p], float64."""

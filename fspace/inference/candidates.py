@@ -4,32 +4,44 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from gpytorch.kernels import Kernel, MaternKernel, RBFKernel, ScaleKernel
 from gpytorch.likelihoods import GaussianLikelihood
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from sklearn.preprocessing import PowerTransformer, StandardScaler
 from torch import Tensor
 
 from fspace.errors import NumericalError
-from fspace.inference.gp import GPPosterior, Scaling
-from fspace.inference.train import Record, finish, fit_exact, fit_network, gaussian_likelihood, loo_scores
-from fspace.kernels.deep import DeepKernel, embed
-from fspace.kernels.extractors import ResidualMLP
+from fspace.inference.exact import leave_one_out
+from fspace.inference.finish import Finished, finish_exact, finish_sparse, log_density, vary_exact
+from fspace.inference.gp import GPPosterior, Scaling, yeo_johnson
+from fspace.inference.network import fit_network
+from fspace.inference.optimise import Record, fit_exact, gaussian_likelihood
+from fspace.kernels.deep import DeepKernel, embed, embedded_kernel
+from fspace.kernels.evaluate import covariance
+from fspace.kernels.extractors import MLP
 from fspace.kernels.neural import NeuralKernel
 
 EXACT_ROWS = 2000  # up to here the exact posterior, above it the collapsed one ("auto")
-SUBSET = 1200  # rows on which kernel parameters are learned when there are more
+SUBSET = 1000  # rows on which a plain kernel's parameters are learned when there are more
 FEATURES = 8
+FEWEST_FOR_DEEP = 60
+FEWEST_FOR_VARYING = 50
+NEGLIGIBLE = 0.02  # a smaller weight in the mixture is not worth its predictions
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What every candidate needs to know. y is standardised [n, t]; x is encoded, in the units of the data [n, d]."""
+    """What every candidate needs to know. y is standardised [n, t]; x is encoded, in the units of the data [n, d].
+
+    tolerance: inducing inputs stop where they leave this share of the prior variance unexplained. vary: whether the
+    noise varies over the inputs (None: the data decide). likelihood: where the noise starts and how it is
+    constrained, for each output; None for a default.
+    """
 
     x: Tensor
     y: Float[Tensor, "n t"]
@@ -38,19 +50,52 @@ class Plan:
     vector: bool
     exact: bool
     inducing: int
+    tolerance: float
+    vary: bool | None
+    likelihood: GaussianLikelihood | None
     dtype: torch.dtype
     seed: int
     steps: int
     record: Record
 
+    @property
+    def held_out(self) -> Int[Tensor, " h"]:
+        """Rows that no kernel parameter is learned from: a fifth of small tables, a tenth of large ones."""
+        n = len(self.y)
+        generator = torch.Generator().manual_seed(self.seed)
+        count = max(1, min(5000, n // 5 if n <= EXACT_ROWS else n // 10))
+        return torch.randperm(n, generator=generator)[:count].to(self.y.device)
+
+    def start_likelihood(self) -> GaussianLikelihood:
+        """A new likelihood for a candidate to fit."""
+        if self.likelihood is not None:
+            return copy.deepcopy(self.likelihood).to(self.y.device)
+        return gaussian_likelihood(self.y.shape[1], 0.1, self.y.device)
+
 
 @dataclass(frozen=True)
 class Fitted:
-    """A candidate after fitting: its posterior, its score on rows it did not see (nats a row), its log evidence."""
+    """A candidate: its posterior, the log densities of rows it had not seen [k] (nats, standardised y), its log
+    evidence."""
 
+    name: str
     posterior: GPPosterior
-    score: float
+    densities: Float[Tensor, " k"]
     log_evidence: float
+
+    @property
+    def score(self) -> float:
+        """Mean log density of unseen rows."""
+        return self.densities.mean().item()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to predict with: candidates, their weights, and how it came to that (for `choice_`)."""
+
+    fits: list[Fitted]
+    weights: Float[Tensor, " k"]
+    report: dict[str, Any]
 
 
 def input_scaling(x: Float[np.ndarray, "n d"], warp: bool) -> dict[str, np.ndarray]:
@@ -70,8 +115,6 @@ def input_scaling(x: Float[np.ndarray, "n d"], warp: bool) -> dict[str, np.ndarr
         for j in busy:
             power[j] = PowerTransformer(standardize=False).fit(x[:, [j]]).lambdas_[0]
         power = np.clip(power, -5.0, 5.0)
-        from fspace.inference.gp import yeo_johnson
-
         x = yeo_johnson(torch.from_numpy(x), torch.from_numpy(power)).numpy()
     scaler = StandardScaler().fit(x)
     return {"unit": unit, "power": power, "shift": scaler.mean_, "scale": scaler.scale_}
@@ -87,17 +130,10 @@ def named_kernel(name: str, d: int) -> Kernel:
     return kernel
 
 
-def deep_kernel(d: int, dtype: torch.dtype) -> DeepKernel:
-    """Residual spectral-normalised network into a Matern-5/2 kernel, plus a plain ARD Matern-5/2 kernel."""
-    extractor = ResidualMLP(d, width=64, depth=2, out_features=FEATURES).to(dtype)
-    base, plain = named_kernel("matern", FEATURES), named_kernel("matern", d)
-    base.outputscale = 0.5
-    plain.outputscale = 0.5
-    return DeepKernel(extractor, base, plain)
-
-
-def _held_out(n: int, fraction: float, generator: torch.Generator) -> Tensor:
-    return torch.randperm(n, generator=generator)[: max(1, round(fraction * n))]
+def deep_kernel(d: int, activation: str, dtype: torch.dtype) -> DeepKernel:
+    """A network of three layers of 128 into eight features, under an ARD Matern-5/2 kernel."""
+    extractor = MLP(d, hidden=(128, 128, 128), out_features=FEATURES, activation=activation).to(dtype)
+    return DeepKernel(extractor, named_kernel("matern", FEATURES))
 
 
 def _scaled(plan: Plan, scaling: dict[str, np.ndarray]) -> tuple[Tensor, Scaling]:
@@ -106,113 +142,169 @@ def _scaled(plan: Plan, scaling: dict[str, np.ndarray]) -> tuple[Tensor, Scaling
     return full.inputs(plan.x), full
 
 
-def _finish(
-    plan: Plan, kernel: Kernel, likelihood: GaussianLikelihood, x: Tensor, scaling: Scaling, score: float
-) -> Fitted:
-    basis, site, evidence = finish(kernel, likelihood, x, plan.y, plan.inducing, plan.exact)
-    return Fitted(GPPosterior(basis, site, scaling, plan.vector), score, evidence)
+def fit_plain(plan: Plan, kernel: Kernel, scaling: dict[str, np.ndarray], name: str) -> list[Fitted]:
+    """A kernel on the inputs themselves: parameters by the exact evidence of all rows, or of some where there are many.
 
-
-def fit_plain(plan: Plan, kernel: Kernel, scaling: dict[str, np.ndarray], stage: str) -> Fitted:
-    """A kernel on the inputs themselves: exact evidence on all rows, or on a subset of them when there are many.
-
-    Scored by closed-form leave-one-out on the rows the parameters were learned from.
+    Returns the exact posterior with constant noise, and the one with varying noise, as `plan.vary` asks; or the
+    collapsed posterior, whose noise the held-out rows decide on.
     """
     x, full = _scaled(plan, scaling)
-    rows = torch.arange(len(x))
-    if len(x) > max(SUBSET, EXACT_ROWS if plan.exact else SUBSET) and not (
-        plan.exact and x.device.type == "cuda"
-    ):
-        generator = torch.Generator().manual_seed(plan.seed)
-        rows = torch.randperm(len(x), generator=generator)[:SUBSET]
-    rows = rows.to(x.device)
-    likelihood = gaussian_likelihood(plan.y.shape[1], 0.1, x.device)
-    kernel = kernel.to(x.device)
-    fit_exact(kernel, likelihood, embed(kernel, x[rows]), plan.y[rows], plan.steps, plan.record, stage)
-    score = loo_scores(kernel, likelihood, x[rows], plan.y[rows]).mean().item()
-    return _finish(plan, kernel, likelihood, x, full, score)
+    kernel, likelihood = kernel.to(x.device), plan.start_likelihood()
+    rows = _learning_rows(plan, x)
+    z = embed(kernel, x[rows])
+    uninterrupted = fit_exact(kernel, likelihood, z, plan.y[rows], plan.steps, plan.record, name)
+
+    def fitted(done: Finished, name: str) -> Fitted:
+        posterior = GPPosterior(done.basis, done.site, full, plan.vector)
+        return Fitted(name, posterior, done.densities, done.log_evidence)
+
+    if not plan.exact:
+        return [fitted(_sparse(plan, kernel, likelihood, x, plan.inducing), name)]
+    constant = finish_exact(kernel, likelihood, x, plan.y, rows)
+    may_vary = plan.vary is not False and len(rows) == len(x) >= FEWEST_FOR_VARYING
+    if not (may_vary and uninterrupted):
+        return [fitted(constant, name)]
+    varying = fitted(vary_exact(constant, x, plan.y, plan.seed), f"{name}, varying noise")
+    return [varying] if plan.vary else [fitted(constant, name), varying]
+
+
+def _learning_rows(plan: Plan, x: Tensor) -> Int[Tensor, " k"]:
+    """All rows where that is fast enough, else a random part of those not held out."""
+    everything = torch.arange(len(x), device=x.device)
+    if plan.exact and (len(x) <= EXACT_ROWS or x.device.type == "cuda"):
+        return everything
+    rest = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    rest[plan.held_out] = False
+    rows = everything[rest]
+    shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(plan.seed))
+    return rows[shuffled[:SUBSET].to(x.device)]
+
+
+def _sparse(plan: Plan, kernel: Kernel, likelihood: GaussianLikelihood, x: Tensor, inducing: int) -> Finished:
+    vary = plan.vary if len(plan.held_out) >= FEWEST_FOR_VARYING else False
+    return finish_sparse(
+        kernel, likelihood, x, plan.y, plan.held_out, inducing, plan.tolerance, vary, plan.seed
+    )
 
 
 def fit_deep(
-    plan: Plan, kernel: DeepKernel | None, scaling: dict[str, np.ndarray], member: int, stage: str
+    plan: Plan, kernel: DeepKernel | None, scaling: dict[str, np.ndarray], member: int, name: str
 ) -> Fitted:
-    """One deep kernel: trained with a tenth of the rows held out, then the site on all rows.
+    """One deep kernel: trained without the held-out rows, its noise set by them, its posterior of all rows.
 
-    Scored on the held-out part, which also said when to stop.
+    Members differ in their seed and, for the default network, in its activation: smooth (SiLU) first, then ReLU.
     """
     x, full = _scaled(plan, scaling)
-    generator = torch.Generator().manual_seed(plan.seed + 7919 * member)
+    seed = plan.seed + 7919 * member
+    generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(plan.seed + 7919 * member)
-        kernel = deep_kernel(x.shape[1], plan.dtype) if kernel is None else copy.deepcopy(kernel)
-    kernel = kernel.to(x.device)
-    likelihood = gaussian_likelihood(plan.y.shape[1], 0.1, x.device)
-    held_out = _held_out(len(x), 0.1 if len(x) > 400 else 0.2, generator).to(x.device)
-    steps = 800 if len(x) <= 4096 else 1500
-    score = fit_network(kernel, likelihood, x, plan.y, held_out, steps, plan.record, stage, generator)
+        torch.manual_seed(seed)
+        activation = "silu" if member % 2 == 0 else "relu"
+        kernel = deep_kernel(x.shape[1], activation, plan.dtype) if kernel is None else copy.deepcopy(kernel)
+    kernel, likelihood = kernel.to(x.device), plan.start_likelihood()
+    fit_network(kernel, likelihood, x, plan.y, plan.held_out, plan.record, name, generator)
     kernel.fix_statistics(x)
-    return _finish(plan, kernel, likelihood, x, full, score * plan.y.shape[1])
+    done = _sparse(plan, kernel, likelihood, x, len(x) if plan.exact else plan.inducing)
+    posterior = GPPosterior(done.basis, done.site, full, plan.vector)
+    return Fitted(name, posterior, done.densities, done.log_evidence)
 
 
-def choose(plan: Plan, members: int) -> tuple[list[Fitted], dict[str, Any]]:
-    """Fit plain kernels on standardised and on warped inputs and deep kernels on the better of the two; keep what
-    predicts unseen rows best. A deep kernel must beat the plain one by more than noise on the same held-out rows."""
-    x = plan.x.cpu().numpy()
-    scalings = {"matern": input_scaling(x, warp=False), "matern-warped": input_scaling(x, warp=True)}
-    fits: dict[str, Fitted] = {}
-    for name, scaling in scalings.items():
-        if name == "matern-warped" and np.all(scaling["power"] == 1.0):
-            continue
-        fits[name] = fit_plain(plan, named_kernel("matern", x.shape[1]), scaling, name)
-    best = max(fits, key=lambda name: fits[name].score)
-    scores = {name: fit.score for name, fit in fits.items()}
-    chosen = [fits[best]]
-    picked = best
-    if len(x) >= 60:
-        try:
-            margin, deep = _against_plain(plan, scalings[best], members)
-            scores["deep"] = scores[best] + margin[0]
-            if margin[0] > margin[1]:
-                chosen, picked = deep, "deep"
-        except NumericalError as error:
-            scores["deep"] = -math.inf
-            plan.record(stage="deep", failed=str(error))
-    return chosen, {"scores": scores, "chosen": picked, "unit": "log density a row, standardised y"}
+def stacking_weights(densities: Float[Tensor, "k n"]) -> Float[Tensor, " k"]:
+    """Weights of a mixture of predictions that maximise the log density of n unseen rows.
 
-
-def _against_plain(
-    plan: Plan, scaling: dict[str, np.ndarray], members: int
-) -> tuple[tuple[float, float], list[Fitted]]:
-    """Gain of deep over plain on rows neither was fitted on (mean and standard error), and the deep members.
-
-    The plain kernel is refitted without those rows so that the two are compared on equal terms.
+    The problem is concave; expectation maximisation climbs it. Source: Yao, Vehtari, Simpson and Gelman (2018), eq. 4.
     """
-    n = len(plan.x)
-    generator = torch.Generator().manual_seed(plan.seed + 1)
-    test = _held_out(n, 0.2 if n < 5000 else 0.1, generator)
-    rest = torch.ones(n, dtype=torch.bool)
-    rest[test] = False
-    device = plan.x.device
-    part = Plan(
-        **{
-            **plan.__dict__,
-            "x": plan.x[rest.to(device)],
-            "y": plan.y[rest.to(device)],
-            "record": lambda **kw: plan.record(**{**kw, "stage": f"compare {kw['stage']}"}),
-        }
+    weights = torch.full(
+        (len(densities),), 1.0 / len(densities), dtype=torch.float64, device=densities.device
     )
-    x, y = plan.x[test.to(device)], plan.y[test.to(device)]
+    for _ in range(300):
+        weights = torch.softmax(densities + weights.log()[:, None], dim=0).mean(dim=1)
+    weights = torch.where(weights < NEGLIGIBLE, torch.zeros_like(weights), weights)
+    return weights / weights.sum()
 
-    def score(fit: Fitted) -> Tensor:
-        predicted = fit.posterior.observed(x)
-        y_units = y * plan.y_scale + plan.y_shift
-        return predicted.log_prob(y_units[:, 0] if plan.vector else y_units).reshape(len(x), -1).sum(-1)
 
-    plain = score(fit_plain(part, named_kernel("matern", x.shape[1]), scaling, "plain"))
-    trial = score(fit_deep(part, None, scaling, 0, "deep"))
-    gain = (trial - plain).cpu()
-    error = gain.std().item() / math.sqrt(len(gain))
-    if gain.mean().item() <= error:
-        return (gain.mean().item(), error), []
-    fits = [fit_deep(plan, None, scaling, k, f"deep {k + 1}") for k in range(members)]
-    return (gain.mean().item(), error), fits
+def _mix(densities: Float[Tensor, "k n"], weights: Float[Tensor, " k"]) -> Float[Tensor, " n"]:
+    return torch.logsumexp(densities + weights.log()[:, None], dim=0)
+
+
+def _stack(densities: Float[Tensor, "k n"], what: list[Fitted]) -> tuple[list[Fitted], Tensor, Tensor]:
+    """Those with weight, their weights, and the log densities of their mixture."""
+    weights = stacking_weights(densities)
+    return [fit for fit, w in zip(what, weights) if w > 0], weights[weights > 0], _mix(densities, weights)
+
+
+def choose(plan: Plan, members: int) -> Choice:
+    """Fit plain kernels on standardised and on warped inputs and deep kernels on the better of the two, and stack them
+    by how they predict rows they have not seen. Deep kernels come in where they predict held-out rows better than
+    the plain ones by more than a standard error."""
+    x = plan.x.cpu().numpy()
+    scalings = {"matern": input_scaling(x, warp=False), "matern, warped inputs": input_scaling(x, warp=True)}
+    if np.all(scalings["matern, warped inputs"]["power"] == 1.0):
+        del scalings["matern, warped inputs"]
+    stopped, told = False, plan.record
+
+    def record(**entry: Any) -> None:
+        nonlocal stopped
+        stopped = stopped or bool(entry.get("interrupted"))
+        told(**entry)
+
+    plan = replace(plan, record=record)
+    plain: list[Fitted] = []
+    if plan.exact:
+        for name, scaling in scalings.items():
+            if not (stopped and plain):
+                plain += fit_plain(plan, named_kernel("matern", x.shape[1]), scaling, name)
+        best = max(plain, key=lambda fit: fit.score).name.removesuffix(", varying noise")
+    else:
+        best = _better_scaling(plan, scalings)
+        plain = fit_plain(plan, named_kernel("matern", x.shape[1]), scalings[best], best)
+    scores = {fit.name: fit.score for fit in plain}
+    kept, weights, density = _stack(torch.stack([fit.densities for fit in plain]), plain)
+    on_held_out = density[plan.held_out] if plan.exact else density
+    deep: list[Fitted] = []
+    gain, error = 0.0, 0.0
+    for k in range(members if len(x) >= FEWEST_FOR_DEEP else 0):
+        if stopped:
+            break
+        try:
+            deep.append(fit_deep(replace(plan, exact=False), None, scalings[best], k, f"deep {k + 1}"))
+        except NumericalError as failure:
+            plan.record(stage=f"deep {k + 1}", failed=str(failure))
+            break
+        densities = torch.stack([on_held_out, *(fit.densities for fit in deep)])
+        together = stacking_weights(densities)
+        difference = _mix(densities, together) - on_held_out
+        gain, error = difference.mean().item(), difference.std().item() / math.sqrt(len(difference))
+        scores[deep[-1].name] = deep[-1].score
+        if gain <= error:
+            break
+    if deep and gain > error:
+        used = [fit for fit, w in zip(deep, together[1:]) if w > 0]
+        weights = torch.cat([together[0] * weights, together[1:][together[1:] > 0]])
+        kept = [fit for fit, w in zip([*kept, *used], weights) if w > 0]
+        weights = weights[weights > 0]
+    heaviest = kept[int(weights.argmax())].name
+    report = {
+        "scores": scores,
+        "chosen": heaviest,
+        "weights": {fit.name: w for fit, w in zip(kept, weights.tolist())},
+        "gain_of_deep": {"mean": gain, "standard_error": error},
+        "unit": "log density a row, standardised y",
+    }
+    return Choice(kept, weights, report)
+
+
+def _better_scaling(plan: Plan, scalings: dict[str, dict[str, np.ndarray]]) -> str:
+    """The scaling of the inputs under which a plain kernel predicts left-out rows better, from a part of the rows."""
+    scores = {}
+    for name, scaling in scalings.items():
+        x, _ = _scaled(plan, scaling)
+        rows = _learning_rows(plan, x)[: SUBSET // 2]
+        kernel, likelihood = named_kernel("matern", x.shape[1]).to(x.device), plan.start_likelihood()
+        z, y = x[rows], plan.y[rows]
+        fit_exact(kernel, likelihood, z, y, 30, plan.record, name)
+        with torch.no_grad():
+            k = covariance(embedded_kernel(kernel), z)
+            moments = leave_one_out(k, y, likelihood.noise[..., 0])
+        scores[name] = log_density(y, *moments).mean().item()
+    return max(scores, key=lambda name: scores[name])

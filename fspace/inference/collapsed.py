@@ -27,13 +27,18 @@ CHUNK = 4096  # rows whose kernel block is in memory at once
 
 @dataclass(frozen=True)
 class Statistics:
-    """Sums over rows. Shapes: outer [m, m] (Phi), cross [m, t] (b), squares [t] (yy), trace scalar (kappa)."""
+    """Sums over rows. Shapes: outer [m, m] (Phi), cross [m, t] (b), squares [t] (yy), trace scalar (kappa).
+
+    Where the noise varies, every row stands divided by the root of its noise ratio, and log_ratio [] is the sum of
+    the logarithms of these ratios.
+    """
 
     outer: Float[Tensor, "m m"]
     cross: Float[Tensor, "m t"]
     squares: Float[Tensor, " t"]
     trace: Float[Tensor, ""]
     count: int
+    log_ratio: float = 0.0
 
     def __add__(self, other: Statistics) -> Statistics:
         return Statistics(
@@ -42,6 +47,7 @@ class Statistics:
             self.squares + other.squares,
             self.trace + other.trace,
             self.count + other.count,
+            self.log_ratio + other.log_ratio,
         )
 
 
@@ -91,6 +97,7 @@ def bound_from(
     n = scale * stats.count
     value = (
         -0.5 * n * torch.log(2.0 * math.pi * noise)
+        - 0.5 * scale * stats.log_ratio
         - inner.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         - 0.5 * scale * stats.squares / noise
         + 0.5 * c.square().sum(-1)
@@ -134,8 +141,16 @@ def gather_whitened(basis: Basis, x: Tensor, y: Float[Tensor, "n t"], chunk: int
     with torch.no_grad():
         for xc, yc in chunks(x, y, chunk):
             z = basis.embed(xc)
-            v = basis.whiten(z)
-            block = Statistics(v @ v.mT, v @ yc, yc.square().sum(0), basis.prior_variance(z).sum(), len(yc))
+            log_ratio = basis.log_noise_ratio(z)
+            weight = torch.exp(-0.5 * log_ratio)
+            v, yc, prior = (
+                basis.whiten(z) * weight,
+                yc * weight[:, None],
+                basis.prior_variance(z) * weight.square(),
+            )
+            block = Statistics(
+                v @ v.mT, v @ yc, yc.square().sum(0), prior.sum(), len(yc), log_ratio.sum().item()
+            )
             total = block if total is None else total + block
     assert total is not None
     return total
@@ -148,6 +163,7 @@ def site_from(basis: Basis, whitened: Statistics, site_id: str = "data") -> Site
     shift = whitened.cross.T / noise[:, None]
     log_scale = (
         -0.5 * whitened.count * torch.log(2.0 * math.pi * noise)
+        - 0.5 * whitened.log_ratio
         - 0.5 * whitened.squares / noise
         - 0.5 * (whitened.trace - whitened.outer.diagonal().sum()) / noise
     )

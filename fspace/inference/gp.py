@@ -26,13 +26,14 @@ CHUNK = 4096  # rows predicted at once
 class Scaling:
     """From the units of the data to those of the model: Yeo-Johnson with one lambda a column (1: none), then affine.
 
-    Shapes: unit, power, shift, scale [d]; y_shift, y_scale [t]. Source: Yeo and Johnson (2000), eq. 2.1.
+    Shapes: unit, power, shift, scale [d] ([c, 1, 1] for images); y_shift, y_scale [t].
+    Source: Yeo and Johnson (2000), eq. 2.1.
     """
 
-    unit: Float[Tensor, " d"]
-    power: Float[Tensor, " d"]
-    shift: Float[Tensor, " d"]
-    scale: Float[Tensor, " d"]
+    unit: Float[Tensor, "*row"]
+    power: Float[Tensor, "*row"]
+    shift: Float[Tensor, "*row"]
+    scale: Float[Tensor, "*row"]
     y_shift: Float[Tensor, " t"]
     y_scale: Float[Tensor, " t"]
 
@@ -44,7 +45,7 @@ class Scaling:
         return (x - self.shift) / self.scale
 
 
-def yeo_johnson(x: Float[Tensor, "*b d"], power: Float[Tensor, " d"]) -> Float[Tensor, "*b d"]:
+def yeo_johnson(x: Float[Tensor, "*b"], power: Float[Tensor, "*row"]) -> Float[Tensor, "*b"]:
     """Yeo-Johnson transform, differentiable in x, column by column. Source: Yeo and Johnson (2000), eq. 2.1."""
     up, down = torch.log1p(x.clamp(min=0.0)), torch.log1p((-x).clamp(min=0.0))
     other = 2.0 - power
@@ -69,12 +70,14 @@ class GPPosterior(FunctionPosterior):
 
     @property
     def noise_variance(self) -> Float[Tensor, " t"]:
-        """Noise variance of every output, in squared units of y."""
+        """Noise variance of every output, in squared units of y (where it varies: at a noise ratio of one)."""
         return self.basis.noise * self.scaling.y_scale.square()
 
     def _inputs(self, x: Any) -> Tensor:
         x = torch.as_tensor(x, dtype=torch.float64, device=self.site.shift.device)
-        if x.ndim < 2 or x.shape[-1] != self.num_inputs:
+        row = self.scaling.shift.shape  # [d], or [c, 1, 1] for images
+        fits = x.ndim > len(row) and all(a in (1, b) for a, b in zip(row, x.shape[-len(row) :]))
+        if not fits:
             raise DataError(f"x must have shape [n, {self.num_inputs}]; it has {tuple(x.shape)}.")
         return self.basis.embed(self.scaling.inputs(x))
 
@@ -87,19 +90,20 @@ class GPPosterior(FunctionPosterior):
     def _moments(self, x: Tensor, noise: bool) -> Gaussian:
         with full_precision():
             z = self._inputs(x)
-            means, variances = [], []
+            means, variances, ratios = [], [], []
             for part in z.split(CHUNK, dim=-2):
                 v, w, mean = self._project(part)
                 prior = self.basis.prior_variance(part)[..., None, :]
                 means.append(mean)
+                ratios.append(self.basis.log_noise_ratio(part)[..., None, :].exp())
                 variances.append(
                     (prior - v.square().sum(-2)[..., None, :] + w.square().sum(-2)).clamp(min=0.0)
                 )
             mean, variance = torch.cat(means, dim=-1), torch.cat(variances, dim=-1)
         y_scale = self.scaling.y_scale
-        aleatoric = (self.noise_variance[:, None] if noise else torch.zeros_like(y_scale)[:, None]).expand_as(
-            mean
-        )
+        aleatoric = (
+            self.noise_variance[:, None] * torch.cat(ratios, dim=-1) if noise else torch.zeros_like(mean)
+        ).expand_as(mean)
         mean = mean * y_scale[:, None] + self.scaling.y_shift[:, None]
         variance = variance * y_scale.square()[:, None] + aleatoric
 

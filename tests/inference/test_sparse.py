@@ -13,7 +13,7 @@ from fspace.inference.exact import leave_one_out, log_marginal_likelihood
 from fspace.inference.gp import GPPosterior, Scaling
 from fspace.inference.inducing import greedy_variance
 from fspace.inference.numerics import cholesky
-from fspace.inference.train import gaussian_likelihood
+from fspace.inference.optimise import gaussian_likelihood
 from fspace.kernels.evaluate import covariance
 
 

@@ -1,0 +1,212 @@
+"""Training of a deep kernel's network: squared error first, then the collapsed bound over random batches.
+
+Squared error under a linear head finds good features many times sooner than the bound does. The bound then shapes them
+for the kernel, with few inducing inputs: more make a step slower and train no better. Both stop on held-out rows. The
+batch objective is no bound on the evidence of all rows; the caller sets noise and signal by rows not trained on.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from gpytorch.kernels import Kernel
+from gpytorch.likelihoods import GaussianLikelihood
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from fspace.errors import NumericalError
+from fspace.inference.basis import FIRST_JITTER
+from fspace.inference.collapsed import Statistics, bound_from
+from fspace.inference.inducing import greedy_variance
+from fspace.inference.numerics import cholesky, solve_lower
+from fspace.inference.optimise import Record, lengthscale_penalty
+from fspace.kernels.deep import DeepKernel
+from fspace.kernels.evaluate import covariance, diagonal
+
+INDUCING = 128  # of the training batches
+BATCH = 4096
+CHECKS = 20  # looks at the held-out rows a phase
+PATIENCE = 6  # looks without a better one before a phase ends
+
+
+def fit_network(
+    kernel: DeepKernel,
+    likelihood: GaussianLikelihood,
+    x: Tensor,
+    y: Float[Tensor, "n t"],
+    held_out: Int[Tensor, " h"],
+    record: Record,
+    stage: str,
+    generator: torch.Generator,
+) -> bool:
+    """Train network, kernel and noise in place on the rows not held out; the best state seen stays.
+
+    Returns False after Ctrl-C, which also ends the training with the best state. Raises NumericalError when no
+    finite state was reached.
+    """
+    rest = torch.ones(y.shape[0], dtype=torch.bool, device=y.device)
+    rest[held_out] = False
+    rows = rest.nonzero()[:, 0]
+    kernel.train()
+    try:
+        error = _pretrain(kernel, x, y, rows, held_out, record, stage, generator)
+        likelihood.noise = error.clamp(1e-4, 1.0)[:, None].to(likelihood.noise)
+        _tune(kernel, likelihood, x, y, rows, held_out, record, stage, generator)
+    except KeyboardInterrupt:
+        record(stage=stage, interrupted=True)
+        return False
+    finally:
+        kernel.eval()
+    return True
+
+
+class _Best:
+    """The best state of some modules by a score, put back at the end."""
+
+    def __init__(self, *modules: nn.Module):
+        self.modules, self.score, self.since = modules, -math.inf, 0
+        self.states = [copy.deepcopy(m.state_dict()) for m in modules]
+
+    def look(self, score: float) -> bool:
+        """Take note of a score; True when it is time to stop."""
+        self.since += 1
+        if score > self.score:
+            self.score, self.since = score, 0
+            self.states = [copy.deepcopy(m.state_dict()) for m in self.modules]
+        return self.since >= PATIENCE
+
+    def restore(self) -> None:
+        for module, state in zip(self.modules, self.states):
+            module.load_state_dict(state)
+
+
+def _pretrain(kernel, x, y, rows, held_out, record, stage, generator) -> Float[Tensor, " t"]:  # type: ignore[no-untyped-def]
+    """The extractor under a throw-away linear head on squared error; returns the held-out mean squared error."""
+    batch = min(512, max(32, len(rows) // 16))
+    steps = min(4000, max(800, 100 * len(rows) // batch))
+    with torch.no_grad():
+        width = kernel.raw_features(x[rows[:2]]).shape[-1]
+    parameters = [p for p in kernel.extractor.parameters() if p.requires_grad]
+    dtype = parameters[0].dtype if parameters else torch.float32
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch.randint(2**31, (1,), generator=generator).item())
+        head = nn.Linear(width, y.shape[1]).to(device=y.device, dtype=dtype)
+    optimiser = torch.optim.AdamW([*parameters, *head.parameters()], lr=1e-2, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=steps)
+    best = _Best(kernel.extractor, head)
+    target = y.to(dtype)
+
+    def errors(part: Tensor) -> Float[Tensor, " t"]:
+        blocks = (head(kernel.raw_features(x[b])) - target[b] for b in part.split(BATCH))
+        return torch.cat(list(blocks)).square().mean(0)
+
+    try:
+        for step in range(steps):
+            pick = rows[torch.randint(len(rows), (batch,), generator=generator).to(rows.device)]
+            optimiser.zero_grad()
+            loss = (head(kernel.raw_features(x[pick])) - target[pick]).square().mean()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            if (step + 1) % (steps // CHECKS) == 0:
+                kernel.extractor.eval()
+                with torch.no_grad():
+                    score = -errors(held_out).mean().item()
+                kernel.extractor.train()
+                record(
+                    stage=f"{stage}: features", loss=loss.item(), held_out=score, done=step + 1, total=steps
+                )
+                if best.look(score):
+                    break
+    finally:
+        best.restore()
+    kernel.fix_statistics(x[rows[:BATCH]])
+    with torch.no_grad():
+        return errors(held_out)
+
+
+def _tune(kernel, likelihood, x, y, rows, held_out, record, stage, generator, steps=200) -> None:  # type: ignore[no-untyped-def]
+    """Network, kernel and noise by Adam on the batch bound; inducing rows are chosen anew as the features move."""
+    network = [p for p in kernel.extractor.parameters() if p.requires_grad]
+    ids = {id(p) for p in kernel.extractor.parameters()}
+    others = [
+        p for p in (*kernel.parameters(), *likelihood.parameters()) if id(p) not in ids and p.requires_grad
+    ]
+    groups = [
+        {"params": network, "lr": 1e-3, "weight_decay": 0.1},
+        {"params": others, "lr": 3e-2, "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW([group for group in groups if group["params"]])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, eta_min=1e-5)
+    best = _Best(kernel, likelihood)
+    chosen = rows[:INDUCING]
+    try:
+        for step in range(steps):
+            if step % 50 == 0:
+                pool = rows[torch.randperm(len(rows), generator=generator)[:2048].to(rows.device)]
+                with torch.no_grad():
+                    chosen = pool[greedy_variance(kernel.on_embedding, kernel.embed(x[pool]), INDUCING)]
+            pick = rows
+            if len(rows) > BATCH:
+                pick = rows[torch.randint(len(rows), (BATCH,), generator=generator).to(rows.device)]
+            optimiser.zero_grad()
+            try:
+                loss = -_batch_bound(kernel, likelihood, x, y, pick, chosen, len(rows)) / (
+                    len(rows) * y.shape[1]
+                )
+                loss.backward()
+            except NumericalError:
+                if best.score == -math.inf:
+                    raise
+                break
+            nn.utils.clip_grad_norm_(network, 10.0)
+            optimiser.step()
+            schedule.step()
+            if (step + 1) % (steps // CHECKS) == 0:
+                score = _held_out_score(kernel, likelihood, x, y, pick, chosen, held_out, len(rows))
+                record(stage=stage, loss=loss.item(), held_out=score, done=step + 1, total=steps)
+                if best.look(score):
+                    break
+    finally:
+        best.restore()
+    if best.score == -math.inf:
+        raise NumericalError(
+            "The deep kernel never reached a finite held-out score; try kernel='matern', or scale the inputs."
+        )
+
+
+def _batch_bound(kernel, likelihood, x, y, pick, chosen, total) -> Tensor:  # type: ignore[no-untyped-def]
+    z = kernel.embed(torch.cat([x[pick], x[chosen]]))  # one pass, so both see the same feature statistics
+    inner, batch, inducing = kernel.on_embedding, z[: len(pick)], z[len(pick) :]
+    stats = _statistics(inner, inducing, batch, y[pick])
+    return bound_from(
+        stats, covariance(inner, inducing), likelihood.noise[..., 0], total / len(pick)
+    ) - lengthscale_penalty(inner).to(stats.outer.device)
+
+
+def _statistics(inner: Kernel, inducing: Tensor, z: Tensor, y: Tensor) -> Statistics:
+    cross = covariance(inner, inducing, z)
+    return Statistics(cross @ cross.mT, cross @ y, y.square().sum(0), diagonal(inner, z).sum(), y.shape[0])
+
+
+@torch.no_grad()
+def _held_out_score(kernel, likelihood, x, y, pick, chosen, held_out, total) -> float:  # type: ignore[no-untyped-def]
+    """Mean log density of the held-out rows under the posterior of one batch, counted as if it were all rows."""
+    kernel.eval()
+    inner, inducing, scale = kernel.on_embedding, kernel.embed(x[chosen]), total / len(pick)
+    stats = _statistics(inner, inducing, kernel.embed(x[pick]), y[pick])
+    factor, _ = cholesky(covariance(inner, inducing), "kernel matrix of the inducing inputs", FIRST_JITTER)
+    a = scale * solve_lower(factor, solve_lower(factor, stats.outer).mT)
+    noise = likelihood.noise[..., 0]
+    identity = torch.eye(len(a), dtype=a.dtype, device=a.device)
+    inside, _ = cholesky(identity + a / noise[:, None, None], "I + A / noise")
+    z = kernel.embed(x[held_out])
+    v = solve_lower(factor, covariance(inner, inducing, z))
+    w = solve_lower(inside, v.expand(len(noise), *v.shape))
+    c = solve_lower(inside, (scale * solve_lower(factor, stats.cross).T / noise[:, None])[..., None])
+    variance = (diagonal(inner, z) - v.square().sum(0) + w.square().sum(1)).clamp(min=0.0) + noise[:, None]
+    errors = y[held_out].T - (w.mT @ c)[..., 0]
+    kernel.train()
+    return (-0.5 * (2 * math.pi * variance).log() - 0.5 * errors.square() / variance).mean().item()

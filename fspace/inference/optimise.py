@@ -1,0 +1,123 @@
+"""Kernel and noise by L-BFGS, where the loss is deterministic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from gpytorch.constraints import GreaterThan
+from gpytorch.kernels import Kernel
+from gpytorch.likelihoods import GaussianLikelihood
+from jaxtyping import Float
+from scipy.optimize import minimize
+from torch import Tensor
+
+from fspace.errors import NumericalError
+from fspace.inference.exact import log_marginal_likelihood
+from fspace.kernels.deep import embedded_kernel
+from fspace.kernels.evaluate import covariance
+
+MIN_NOISE = 1e-6  # of the variance of y: below it the noise cannot be told from rounding in the data
+Record = Callable[..., None]
+
+
+def gaussian_likelihood(outputs: int, noise: float, device: torch.device) -> GaussianLikelihood:
+    """Gaussian noise with one variance an output, in units of standardised y."""
+    likelihood = GaussianLikelihood(
+        noise_constraint=GreaterThan(MIN_NOISE), batch_shape=torch.Size([outputs])
+    )
+    likelihood = likelihood.to(device=device, dtype=torch.float64)
+    likelihood.noise = torch.full((outputs, 1), noise, dtype=torch.float64, device=device)
+    return likelihood
+
+
+def lbfgs(
+    loss: Callable[[], Tensor], parameters: Sequence[Tensor], steps: int, record: Callable[[float], None]
+) -> bool:
+    """Minimise a deterministic loss in place; the best parameters stay. Returns False after Ctrl-C.
+
+    A point at which the factorisation fails counts as infinitely bad, so the line search turns back.
+    """
+    best = (math.inf, [p.detach().clone() for p in parameters])
+
+    def assign(vector: np.ndarray) -> None:
+        values = torch.from_numpy(vector)
+        for p in parameters:
+            head, values = values[: p.numel()], values[p.numel() :]
+            with torch.no_grad():
+                p.copy_(head.reshape(p.shape))
+
+    def evaluate(vector: np.ndarray) -> tuple[float, np.ndarray]:
+        nonlocal best
+        assign(vector)
+        for p in parameters:
+            p.grad = None
+        try:
+            value = loss()
+            value.backward()
+        except NumericalError:
+            return 1e12, np.zeros_like(vector)
+        gradient = torch.cat(
+            [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters]
+        )
+        number = value.item()
+        if not (math.isfinite(number) and bool(torch.isfinite(gradient).all())):
+            return 1e12, np.zeros_like(vector)
+        if number < best[0]:
+            best = (number, [p.detach().clone() for p in parameters])
+        record(number)
+        return number, gradient.double().cpu().numpy()
+
+    start = torch.cat([p.detach().reshape(-1) for p in parameters]).double().cpu().numpy()
+    try:
+        minimize(
+            evaluate, start, jac=True, method="L-BFGS-B", options={"maxiter": steps, "maxfun": 2 * steps}
+        )
+    except KeyboardInterrupt:
+        return False
+    finally:
+        with torch.no_grad():
+            for p, value in zip(parameters, best[1]):
+                p.copy_(value)
+    return True
+
+
+def lengthscale_penalty(kernel: Kernel) -> Tensor:
+    """Weak log-normal pull on every lengthscale: an input that does nothing would otherwise drift without end."""
+    total = torch.zeros((), dtype=torch.float64)
+    for part in kernel.modules():
+        lengthscale = getattr(part, "lengthscale", None) if isinstance(part, Kernel) else None
+        if lengthscale is not None:
+            centre = 0.5 * math.log(lengthscale.shape[-1])
+            total = total + 0.125 * (lengthscale.log() - centre).square().sum().to(total)
+    return total
+
+
+def fit_exact(
+    kernel: Kernel,
+    likelihood: GaussianLikelihood,
+    z: Float[Tensor, "n p"],
+    y: Float[Tensor, "n t"],
+    steps: int,
+    record: Record,
+    stage: str,
+) -> bool:
+    """Kernel and noise by L-BFGS on the exact log evidence of embedded rows z (maximum a posteriori).
+
+    Returns False after Ctrl-C, with the best parameters so far.
+    """
+    inner = embedded_kernel(kernel)
+    parameters = [p for p in (*inner.parameters(), *likelihood.parameters()) if p.requires_grad]
+    if not parameters:
+        return True
+
+    def loss() -> Tensor:
+        evidence = log_marginal_likelihood(covariance(inner, z), y, likelihood.noise[..., 0])
+        return (lengthscale_penalty(inner).to(evidence.device) - evidence) / y.numel()
+
+    done = lbfgs(loss, parameters, steps, lambda value: record(stage=stage, loss=value))
+    if not done:
+        record(stage=stage, interrupted=True)
+    return done
