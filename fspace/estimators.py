@@ -35,6 +35,7 @@ from fspace.posterior import FunctionPosterior, MixturePosterior, Predictive
 from fspace.progress import progress
 
 LIKELIHOODS = ("auto", "gaussian", "heteroscedastic")
+INFERENCE = ("auto", "exact", "collapsed", "sites")
 MOST_INDUCING = 2000
 KERNELS = ("auto", "deep", "matern", "rbf", "neural")
 CHUNK_VALUES = 2**20  # input values predicted at a time, so that memory does not grow with the rows
@@ -46,7 +47,8 @@ class GPRegressor(RegressorMixin, BaseEstimator):
     kernel: "auto" (the data choose between plain and deep), "deep", "matern", "rbf", "neural" (infinitely wide
         network), or a gpytorch kernel, which sees standardised inputs. Images [n, c, h, w] and sequences [n, t, d]
         need a `DeepKernel` with an extractor that reads them.
-    inference: "auto", "exact" (Cholesky over all rows), or "collapsed" (Titsias' bound).
+    inference: "auto", "exact" (Cholesky over all rows), "collapsed" (Titsias' bound), or "sites" (kernel and network
+        learned from minibatches by natural-gradient steps; the posterior is then that of "collapsed").
     likelihood: "auto" (with kernel="auto" the data say whether the noise varies over the inputs; else constant),
         "gaussian" (constant), "heteroscedastic" (varies), or a gpytorch GaussianLikelihood, whose noise is in units
         of standardised y and is where the fit starts.
@@ -120,6 +122,7 @@ class GPRegressor(RegressorMixin, BaseEstimator):
                 y_scale=tensor(scale),
                 vector=target.ndim == 1,
                 exact=self.inference == "exact" or (self.inference == "auto" and len(x) <= EXACT_ROWS),
+                sites=self.inference == "sites",
                 inducing=min(int(self.inducing) if self.inducing >= 1 else MOST_INDUCING, len(x)),
                 dtype=dtype,
                 seed=int(self.seed),
@@ -228,9 +231,9 @@ class GPRegressor(RegressorMixin, BaseEstimator):
             )
         if not isinstance(self.kernel, str | Kernel):
             raise OptionError(f"kernel is a {type(self.kernel).__name__}; pass a name or a gpytorch kernel.")
-        if self.inference not in ("auto", "exact", "collapsed"):
+        if self.inference not in INFERENCE:
             raise OptionError(
-                f"inference={self.inference!r} does not exist; choose 'auto', 'exact' or 'collapsed'."
+                f"inference={self.inference!r} does not exist; choose one of {', '.join(INFERENCE)}."
             )
         if self.progress is not False and self.progress != "auto":
             raise OptionError(f"progress={self.progress!r} does not exist; choose 'auto' or False.")

@@ -8,6 +8,7 @@ import polars
 import pytest
 import torch
 from gpytorch.kernels import MaternKernel
+from gpytorch.likelihoods import GaussianLikelihood
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_diabetes
@@ -267,6 +268,48 @@ def test_rows_are_predicted_in_parts(wave, kind, monkeypatch):
     bad[71, 1] = np.nan
     with pytest.raises(DataError, match="Row 71"):
         model.predict(kind(bad))
+
+
+# ---- options -------------------------------------------------------------------------------------
+
+
+def test_sites_learn_what_the_collapsed_bound_learns(wave):
+    X, y = wave
+    scores = [
+        fspace.GPRegressor(kernel="matern", inference=way).fit(X[:60], y[:60]).score(X[60:], y[60:])
+        for way in ("sites", "collapsed")
+    ]
+    assert scores[0] > 0.9 and abs(scores[0] - scores[1]) < 0.05
+
+
+def test_inducing_inputs_by_tolerance(wave):
+    X, y = wave
+    counts = []
+    for tolerance in (0.2, 0.02):
+        model = fspace.GPRegressor(kernel="rbf", inference="collapsed", inducing=tolerance).fit(X, y)
+        basis = model.posterior_.basis
+        z = basis.embed(model.posterior_.scaling.inputs(torch.tensor(X)))
+        left = basis.prior_variance(z).sum() - basis.whiten(z).square().sum()
+        assert 0 < left / basis.prior_variance(z).sum() < 1.1 * tolerance
+        counts.append(len(basis.inducing_inputs))
+    assert counts[0] < counts[1] < len(X)
+
+
+def test_a_likelihood_object_says_where_the_noise_starts(wave):
+    X, y = wave
+    own = GaussianLikelihood()
+    own.noise = 0.5
+    model = fspace.GPRegressor(kernel="matern", likelihood=own).fit(X, y)
+    named = fspace.GPRegressor(kernel="matern").fit(X, y)
+    assert own.noise.item() == pytest.approx(0.5)  # the caller's own stays as it was
+    assert model.posterior_.noise_variance.item() == pytest.approx(
+        named.posterior_.noise_variance.item(), rel=0.05
+    )
+    own.raw_noise.requires_grad_(False)
+    with pytest.raises(OptionError, match="fixed"):
+        fspace.GPRegressor(likelihood=own).fit(X, y)
+    with pytest.raises(OptionError, match="heteroscedastic"):
+        fspace.GPRegressor(likelihood="student").fit(X, y)
 
 
 # ---- Ctrl-C --------------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ from fspace.errors import NumericalError
 from fspace.inference.exact import leave_one_out
 from fspace.inference.finish import Finished, finish_exact, finish_sparse, log_density, vary_exact
 from fspace.inference.gp import GPPosterior, Scaling, yeo_johnson
-from fspace.inference.network import fit_network
+from fspace.inference.network import INDUCING, fit_network
 from fspace.inference.optimise import Record, fit_exact, gaussian_likelihood
+from fspace.inference.sites import fit_sites
 from fspace.kernels.deep import DeepKernel, embed, embedded_kernel
 from fspace.kernels.evaluate import covariance
 from fspace.kernels.extractors import MLP
@@ -31,6 +32,7 @@ SUBSET = 1000  # rows on which a plain kernel's parameters are learned when ther
 FEATURES = 8
 FEWEST_FOR_DEEP = 60
 FEWEST_FOR_VARYING = 50
+SITE_STEPS = 1500  # about as many minibatches as train the kernel by sites
 NEGLIGIBLE = 0.02  # a smaller weight in the mixture is not worth its predictions
 
 
@@ -49,6 +51,7 @@ class Plan:
     y_scale: Tensor
     vector: bool
     exact: bool
+    sites: bool
     inducing: int
     tolerance: float
     vary: bool | None
@@ -151,8 +154,11 @@ def fit_plain(plan: Plan, kernel: Kernel, scaling: dict[str, np.ndarray], name: 
     x, full = _scaled(plan, scaling)
     kernel, likelihood = kernel.to(x.device), plan.start_likelihood()
     rows = _learning_rows(plan, x)
-    z = embed(kernel, x[rows])
-    uninterrupted = fit_exact(kernel, likelihood, z, plan.y[rows], plan.steps, plan.record, name)
+    if plan.sites:
+        _learn_by_sites(plan, kernel, likelihood, x, plan.seed)
+    else:
+        z = embed(kernel, x[rows])
+        uninterrupted = fit_exact(kernel, likelihood, z, plan.y[rows], plan.steps, plan.record, name)
 
     def fitted(done: Finished, name: str) -> Fitted:
         posterior = GPPosterior(done.basis, done.site, full, plan.vector)
@@ -166,6 +172,17 @@ def fit_plain(plan: Plan, kernel: Kernel, scaling: dict[str, np.ndarray], name: 
         return [fitted(constant, name)]
     varying = fitted(vary_exact(constant, x, plan.y, plan.seed), f"{name}, varying noise")
     return [varying] if plan.vary else [fitted(constant, name), varying]
+
+
+def _learn_by_sites(plan: Plan, kernel: Kernel, likelihood: GaussianLikelihood, x: Tensor, seed: int) -> None:
+    """Parameters from minibatches of all rows that are not held out, by natural-gradient sites."""
+    rest = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    rest[plan.held_out] = False
+    batch = min(1024, int(rest.sum()))
+    epochs = max(3, min(200, SITE_STEPS * batch // int(rest.sum())))
+    generator = torch.Generator().manual_seed(seed)
+    most = min(plan.inducing, INDUCING)
+    fit_sites(kernel, likelihood, x[rest], plan.y[rest], most, epochs, batch, generator, plan.record)
 
 
 def _learning_rows(plan: Plan, x: Tensor) -> Int[Tensor, " k"]:
@@ -202,7 +219,10 @@ def fit_deep(
         activation = "silu" if member % 2 == 0 else "relu"
         kernel = deep_kernel(x.shape[1], activation, plan.dtype) if kernel is None else copy.deepcopy(kernel)
     kernel, likelihood = kernel.to(x.device), plan.start_likelihood()
-    fit_network(kernel, likelihood, x, plan.y, plan.held_out, plan.record, name, generator)
+    if plan.sites:
+        _learn_by_sites(plan, kernel, likelihood, x, seed)
+    else:
+        fit_network(kernel, likelihood, x, plan.y, plan.held_out, plan.record, name, generator)
     kernel.fix_statistics(x)
     done = _sparse(plan, kernel, likelihood, x, len(x) if plan.exact else plan.inducing)
     posterior = GPPosterior(done.basis, done.site, full, plan.vector)
