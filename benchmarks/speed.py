@@ -72,7 +72,7 @@ def cases(
         extractor = peers.network(data.X.shape[1], HIDDEN, FEATURES)
         return peers.gpytorch_svgp(data, seconds, seed, extractor, FEATURES, INDUCING)
 
-    deep = {"kernel": "deep", "inducing": INDUCING}
+    deep = {"kernel": "deep", "members": 1, "inducing": INDUCING}
     matern = {"kernel": "matern"}
     found: dict[str, Any] = {
         "svgp-protein": ("GPyTorch SVGP deep kernel", lambda: uci("protein"), svgp, deep),
