@@ -79,7 +79,11 @@ class GPPosterior(FunctionPosterior):
         fits = x.ndim > len(row) and all(a in (1, b) for a, b in zip(row, x.shape[-len(row) :]))
         if not fits:
             raise DataError(f"x must have shape [n, {self.num_inputs}]; it has {tuple(x.shape)}.")
-        return self.basis.embed(self.scaling.inputs(x))
+        if x.ndim > len(row) + 1:  # batch dimensions, or sequences
+            return self.basis.embed(self.scaling.inputs(x))
+        # part by part: a network's hidden layers for all rows at once would be larger than x many times over
+        parts = [self.basis.embed(self.scaling.inputs(part)) for part in x.split(CHUNK)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _project(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """v [..., m, n], w [..., t, m, n] and the mean [..., t, n] at embedded inputs."""
