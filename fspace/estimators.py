@@ -133,7 +133,6 @@ class GPRegressor(RegressorMixin, BaseEstimator):
                 likelihood=None
                 if isinstance(self.likelihood, str)
                 else own_likelihood(self.likelihood, columns.shape[1]),
-                steps=60,
                 record=self._recorder(tell),
             )
             choice = self._fit(plan, x)

@@ -16,8 +16,16 @@ from sklearn.preprocessing import PowerTransformer, StandardScaler
 from torch import Tensor
 
 from fspace.errors import NumericalError
+from fspace.inference.collapsed import fit_collapsed
 from fspace.inference.exact import leave_one_out
-from fspace.inference.finish import Finished, finish_exact, finish_sparse, log_density, vary_exact
+from fspace.inference.finish import (
+    Finished,
+    choose_inducing,
+    finish_exact,
+    finish_sparse,
+    log_density,
+    vary_exact,
+)
 from fspace.inference.gp import GPPosterior, Scaling, yeo_johnson
 from fspace.inference.network import INDUCING, fit_network
 from fspace.inference.optimise import Record, fit_exact, gaussian_likelihood
@@ -28,7 +36,9 @@ from fspace.kernels.extractors import MLP
 from fspace.kernels.neural import NeuralKernel
 
 EXACT_ROWS = 2000  # up to here the exact posterior, above it the collapsed one ("auto")
-SUBSET = 1000  # rows on which a plain kernel's parameters are learned when there are more
+SUBSET = 1000  # rows on which a plain kernel's parameters are learned at first
+BOUND_ROWS, BOUND_INDUCING = 20_000, 256  # and at most by the collapsed bound
+STEPS, REFINEMENTS = 60, 15  # of L-BFGS, on a few rows and then on all
 FEATURES = 8
 FEWEST_FOR_DEEP = 60
 FEWEST_FOR_VARYING = 50
@@ -58,7 +68,6 @@ class Plan:
     likelihood: GaussianLikelihood | None
     dtype: torch.dtype
     seed: int
-    steps: int
     record: Record
 
     @property
@@ -153,12 +162,11 @@ def fit_plain(plan: Plan, kernel: Kernel, scaling: dict[str, np.ndarray], name: 
     """
     x, full = _scaled(plan, scaling)
     kernel, likelihood = kernel.to(x.device), plan.start_likelihood()
-    rows = _learning_rows(plan, x)
+    uninterrupted = True
     if plan.sites:
         _learn_by_sites(plan, kernel, likelihood, x, plan.seed)
     else:
-        z = embed(kernel, x[rows])
-        uninterrupted = fit_exact(kernel, likelihood, z, plan.y[rows], plan.steps, plan.record, name)
+        uninterrupted = _learn_plain(plan, kernel, likelihood, x, name)
 
     def fitted(done: Finished, name: str) -> Fitted:
         posterior = GPPosterior(done.basis, done.site, full, plan.vector)
@@ -166,35 +174,49 @@ def fit_plain(plan: Plan, kernel: Kernel, scaling: dict[str, np.ndarray], name: 
 
     if not plan.exact:
         return [fitted(_sparse(plan, kernel, likelihood, x, plan.inducing), name)]
-    constant = finish_exact(kernel, likelihood, x, plan.y, rows)
-    may_vary = plan.vary is not False and len(rows) == len(x) >= FEWEST_FOR_VARYING
+    constant = finish_exact(kernel, likelihood, x, plan.y)
+    may_vary = plan.vary is not False and len(x) >= FEWEST_FOR_VARYING
     if not (may_vary and uninterrupted):
         return [fitted(constant, name)]
     varying = fitted(vary_exact(constant, x, plan.y, plan.seed), f"{name}, varying noise")
     return [varying] if plan.vary else [fitted(constant, name), varying]
 
 
+def _learn_plain(plan: Plan, kernel: Kernel, likelihood: GaussianLikelihood, x: Tensor, name: str) -> bool:
+    """Parameters by evidence: of a few rows first, which is quick, then from there of all rows that may be seen: the
+    exact evidence, or the collapsed bound. Returns False after Ctrl-C."""
+    rest = _shuffled(plan, torch.arange(len(x), device=x.device) if plan.exact else _rest(plan))
+    rows = rest[:SUBSET]
+    done = fit_exact(kernel, likelihood, embed(kernel, x[rows]), plan.y[rows], STEPS, plan.record, name)
+    if not done or len(rest) <= SUBSET:
+        return done
+    rows = rest if plan.exact else rest[:BOUND_ROWS]
+    z, y = embed(kernel, x[rows]), plan.y[rows]
+    if plan.exact:
+        return fit_exact(kernel, likelihood, z, y, REFINEMENTS, plan.record, name)
+    inducing = choose_inducing(kernel, x[rows], min(plan.inducing, BOUND_INDUCING), plan.tolerance)
+    return fit_collapsed(kernel, likelihood, inducing, z, y, REFINEMENTS, plan.record, name)
+
+
 def _learn_by_sites(plan: Plan, kernel: Kernel, likelihood: GaussianLikelihood, x: Tensor, seed: int) -> None:
     """Parameters from minibatches of all rows that are not held out, by natural-gradient sites."""
-    rest = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    rest[plan.held_out] = False
-    batch = min(1024, int(rest.sum()))
-    epochs = max(3, min(200, SITE_STEPS * batch // int(rest.sum())))
+    rest = _rest(plan)
+    batch = min(1024, len(rest))
+    epochs = max(3, min(200, SITE_STEPS * batch // len(rest)))
     generator = torch.Generator().manual_seed(seed)
     most = min(plan.inducing, INDUCING)
     fit_sites(kernel, likelihood, x[rest], plan.y[rest], most, epochs, batch, generator, plan.record)
 
 
-def _learning_rows(plan: Plan, x: Tensor) -> Int[Tensor, " k"]:
-    """All rows where that is fast enough, else a random part of those not held out."""
-    everything = torch.arange(len(x), device=x.device)
-    if plan.exact and (len(x) <= EXACT_ROWS or x.device.type == "cuda"):
-        return everything
-    rest = torch.ones(len(x), dtype=torch.bool, device=x.device)
+def _shuffled(plan: Plan, rows: Int[Tensor, " r"]) -> Int[Tensor, " r"]:
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(plan.seed)).to(rows.device)]
+
+
+def _rest(plan: Plan) -> Int[Tensor, " r"]:
+    """Rows that are not held out."""
+    rest = torch.ones(len(plan.y), dtype=torch.bool, device=plan.y.device)
     rest[plan.held_out] = False
-    rows = everything[rest]
-    shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(plan.seed))
-    return rows[shuffled[:SUBSET].to(x.device)]
+    return rest.nonzero()[:, 0]
 
 
 def _sparse(plan: Plan, kernel: Kernel, likelihood: GaussianLikelihood, x: Tensor, inducing: int) -> Finished:
@@ -317,12 +339,12 @@ def choose(plan: Plan, members: int) -> Choice:
 def _better_scaling(plan: Plan, scalings: dict[str, dict[str, np.ndarray]]) -> str:
     """The scaling of the inputs under which a plain kernel predicts left-out rows better, from a part of the rows."""
     scores = {}
+    rows = _shuffled(plan, _rest(plan))[: SUBSET // 2]
     for name, scaling in scalings.items():
         x, _ = _scaled(plan, scaling)
-        rows = _learning_rows(plan, x)[: SUBSET // 2]
         kernel, likelihood = named_kernel("matern", x.shape[1]).to(x.device), plan.start_likelihood()
         z, y = x[rows], plan.y[rows]
-        fit_exact(kernel, likelihood, z, y, 30, plan.record, name)
+        fit_exact(kernel, likelihood, z, y, STEPS // 2, plan.record, name)
         with torch.no_grad():
             k = covariance(embedded_kernel(kernel), z)
             moments = leave_one_out(k, y, likelihood.noise[..., 0])

@@ -52,15 +52,14 @@ def finish_exact(
     likelihood: GaussianLikelihood,
     x: Tensor,
     y: Float[Tensor, "n t"],
-    scored: Int[Tensor, " k"],
 ) -> Finished:
-    """Every row an inducing input; densities by closed-form leave-one-out on the scored rows."""
+    """Every row an inducing input; densities by closed-form leave-one-out."""
     _freeze(kernel, likelihood)
     basis = Basis(kernel, embed(kernel, x), likelihood)
     site = fit_site(basis, x, y)
-    k = covariance(embedded_kernel(kernel), basis.inducing_inputs[scored])
-    mean, variance = leave_one_out(k, y[scored], basis.noise)
-    return Finished(basis, site, log_evidence([site]), log_density(y[scored], mean, variance).sum(-1))
+    k = covariance(embedded_kernel(kernel), basis.inducing_inputs)
+    mean, variance = leave_one_out(k, y, basis.noise)
+    return Finished(basis, site, log_evidence([site]), log_density(y, mean, variance).sum(-1))
 
 
 def vary_exact(fit: Finished, x: Tensor, y: Float[Tensor, "n t"], seed: int) -> Finished:
@@ -108,7 +107,7 @@ def finish_sparse(
     rest = torch.ones(len(y), dtype=torch.bool, device=y.device)
     rest[held_out] = False
     x_rest, y_rest, x_held, y_held = x[rest], y[rest], x[held_out], y[held_out]
-    basis = Basis(kernel, _inducing(kernel, x, most, tolerance), likelihood)
+    basis = Basis(kernel, choose_inducing(kernel, x, most, tolerance), likelihood)
     whitened = refit_noise(basis, gather_whitened(basis, x_rest, y_rest))
     basis = replace(basis)  # a new one: the parameters have moved
     z = basis.embed(x_held)
@@ -139,7 +138,8 @@ def _freeze(*modules: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def _inducing(kernel: Kernel, x: Tensor, most: int, tolerance: float) -> Float[Tensor, "m p"]:
+def choose_inducing(kernel: Kernel, x: Tensor, most: int, tolerance: float) -> Float[Tensor, "m p"]:
+    """At most `most` embedded inputs, chosen greedily among the rows of x [n, d]."""
     stride = max(1, len(x) // (10 * most))  # greedy choice is O(n m^2): a stride of rows is as good a pool
     candidates = embed(kernel, x[::stride])
     return candidates[greedy_variance(embedded_kernel(kernel), candidates, most, tolerance)]
@@ -198,9 +198,11 @@ def refit_noise(basis: Basis, whitened: Statistics) -> Statistics:
         cross = s.sqrt() * whitened.cross
         return replace(whitened, outer=s * whitened.outer, cross=cross, trace=(s * whitened.trace)[0])
 
-    def loss() -> Tensor:
+    def loss() -> float:
         bound = bound_from(scaled(), identity, basis.likelihood.noise[..., 0])
-        return -bound / (whitened.count * whitened.squares.numel())
+        value = -bound / (whitened.count * whitened.squares.numel())
+        value.backward()
+        return value.item()
 
     lbfgs(loss, [*noise, *([log_scale] if variances else [])], 25, lambda value: None)
     for p in noise:

@@ -93,7 +93,7 @@ def _pretrain(kernel, x, y, rows, held_out, record, stage, generator) -> Float[T
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch.randint(2**31, (1,), generator=generator).item())
         head = nn.Linear(width, y.shape[1]).to(device=y.device, dtype=dtype)
-    optimiser = torch.optim.AdamW([*parameters, *head.parameters()], lr=1e-2, weight_decay=0.1)
+    optimiser = torch.optim.AdamW([*parameters, *head.parameters()], lr=1e-2, weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=steps)
     best = _Best(kernel.extractor, head)
     target = y.to(dtype)
@@ -138,7 +138,7 @@ def _tune(kernel, likelihood, x, y, rows, held_out, record, stage, generator, st
         {"params": network, "lr": 1e-3, "weight_decay": 0.1},
         {"params": others, "lr": 3e-2, "weight_decay": 0.0},
     ]
-    optimiser = torch.optim.AdamW([group for group in groups if group["params"]])
+    optimiser = torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, eta_min=1e-5)
     best = _Best(kernel, likelihood)
     chosen = rows[:INDUCING]

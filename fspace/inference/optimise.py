@@ -34,11 +34,12 @@ def gaussian_likelihood(outputs: int, noise: float, device: torch.device) -> Gau
 
 
 def lbfgs(
-    loss: Callable[[], Tensor], parameters: Sequence[Tensor], steps: int, record: Callable[[float], None]
+    loss: Callable[[], float], parameters: Sequence[Tensor], steps: int, record: Callable[[float], None]
 ) -> bool:
     """Minimise a deterministic loss in place; the best parameters stay. Returns False after Ctrl-C.
 
-    A point at which the factorisation fails counts as infinitely bad, so the line search turns back.
+    loss: returns its value and adds its gradients to `.grad` of the parameters, which is empty before. A point at
+    which the factorisation fails counts as infinitely bad, so the line search turns back.
     """
     best = (math.inf, [p.detach().clone() for p in parameters])
 
@@ -55,14 +56,12 @@ def lbfgs(
         for p in parameters:
             p.grad = None
         try:
-            value = loss()
-            value.backward()
+            number = loss()
         except NumericalError:
             return 1e12, np.zeros_like(vector)
         gradient = torch.cat(
             [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters]
         )
-        number = value.item()
         if not (math.isfinite(number) and bool(torch.isfinite(gradient).all())):
             return 1e12, np.zeros_like(vector)
         if number < best[0]:
@@ -95,6 +94,11 @@ def lengthscale_penalty(kernel: Kernel) -> Tensor:
     return total
 
 
+def trainable(*modules: torch.nn.Module) -> list[Tensor]:
+    """Parameters that are to be learned."""
+    return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+
 def fit_exact(
     kernel: Kernel,
     likelihood: GaussianLikelihood,
@@ -109,13 +113,15 @@ def fit_exact(
     Returns False after Ctrl-C, with the best parameters so far.
     """
     inner = embedded_kernel(kernel)
-    parameters = [p for p in (*inner.parameters(), *likelihood.parameters()) if p.requires_grad]
+    parameters = trainable(inner, likelihood)
     if not parameters:
         return True
 
-    def loss() -> Tensor:
+    def loss() -> float:
         evidence = log_marginal_likelihood(covariance(inner, z), y, likelihood.noise[..., 0])
-        return (lengthscale_penalty(inner).to(evidence.device) - evidence) / y.numel()
+        value = (lengthscale_penalty(inner).to(evidence.device) - evidence) / y.numel()
+        value.backward()
+        return value.item()
 
     done = lbfgs(loss, parameters, steps, lambda value: record(stage=stage, loss=value))
     if not done:

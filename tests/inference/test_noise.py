@@ -89,7 +89,7 @@ def test_the_data_decide_whether_the_noise_varies(way):
         kernel, likelihood = named_kernel("matern", 2), gaussian_likelihood(1, 0.1, CPU)
         rows = torch.arange(400)
         if way == "exact":
-            constant = finish_exact(kernel, likelihood, x, y, rows)
+            constant = finish_exact(kernel, likelihood, x, y)
             other = vary_exact(constant, x, y, seed=0)
             gain = other.densities - constant.densities
             assert (gain.mean() > 3 * gain.std() / math.sqrt(400)) == varying
