@@ -4,7 +4,13 @@ Shapes: "y-shaped" means [n] for one output and [n, t] for several. Gaussians ma
 """
 
 from fspace.gaussians import Gaussian, Mixture
-from fspace.predictive_base import Predictive, generator_for, normalised_weights
+from fspace.predictive_base import (
+    Predictive,
+    as_tensor,
+    check_count,
+    generator_for,
+    normalised_weights,
+)
 from fspace.sampled import Categorical, Samples
 
 __all__ = [
@@ -13,6 +19,8 @@ __all__ = [
     "Mixture",
     "Predictive",
     "Samples",
+    "as_tensor",
+    "check_count",
     "generator_for",
     "normalised_weights",
 ]
