@@ -171,7 +171,7 @@ class TableEncoder:
             encoder = cls(missing=state["missing"], owner=state["owner"])
             encoder.n_features_in_ = int(state["n_features"])
             encoder._columns = [
-                {key: column[key] for key in ("kind", "levels", "fill") if key in column}
+                {"kind": column["kind"]} | {key: column[key] for key in ("levels", "fill") if key in column}
                 for column in state["columns"]
             ]
             encoder._tensor_shape = None if state["tensor_shape"] is None else tuple(state["tensor_shape"])
