@@ -398,5 +398,5 @@ def split_target(table: pd.DataFrame, targets: Sequence[str]) -> tuple[pd.DataFr
             raise DataError(f"The target {target!r} is not a column of the table.{suggest(target, names)}")
     inputs = table[[name for name in names if name not in targets]]
     if inputs.shape[1] == 0:
-        raise DataError("Nothing is left to predict from: every column is a target.")
+        raise DataError("Nothing is left to predict from: every column is a target or dropped.")
     return inputs, table[list(targets)]
