@@ -34,7 +34,7 @@ from fspace.inference.optimise import MIN_NOISE, gaussian_likelihood
 from fspace.kernels.deep import DeepKernel, embed, embedded_kernel
 from fspace.kernels.evaluate import covariance
 from fspace.posterior import FunctionPosterior, MixturePosterior, Predictive
-from fspace.predictive_base import check_seed
+from fspace.predictive_base import as_tensor, check_seed
 from fspace.progress import progress
 
 LIKELIHOODS = ("auto", "gaussian", "heteroscedastic")
@@ -298,8 +298,14 @@ class GPRegressor(RegressorMixin, BaseEstimator):
     def predict_cdf(self, X: Any, thresholds: Any) -> np.ndarray:
         """P(y <= threshold) at every row, for a threshold or one a row."""
         predictive: Any = self.predictive(X)
-        y = torch.as_tensor(thresholds, dtype=torch.float64, device=predictive.mean.device)
-        return predictive.cdf(y.expand_as(predictive.mean)).cpu().numpy()
+        y = as_tensor(thresholds, predictive.mean.device, "thresholds").to(torch.float64)
+        try:
+            y = y.expand_as(predictive.mean)
+        except RuntimeError as error:
+            raise DataError(
+                f"thresholds has shape {tuple(y.shape)}, but the prediction has shape {tuple(predictive.mean.shape)}."
+            ) from error
+        return predictive.cdf(y).cpu().numpy()
 
     @torch.no_grad()
     def sample_y(self, X: Any, n_samples: int = 1, random_state: int | None = 0) -> np.ndarray:

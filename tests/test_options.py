@@ -8,6 +8,7 @@ from gpytorch import kernels
 from gpytorch.constraints import Interval
 from gpytorch.likelihoods import GaussianLikelihood
 from gpytorch.priors import GammaPrior
+from scipy.stats import norm
 
 import fspace
 from fspace.errors import DataError, DeviceError, NumericalError, OptionError
@@ -121,3 +122,13 @@ def test_a_half_precision_kernel_loads(tmp_path):
 def test_what_is_no_covariance_says_so():
     with pytest.raises(NumericalError, match="not positive definite"):
         fit(kernel=kernels.CosineKernel())
+
+
+def test_thresholds():
+    model = fit()
+    mean, std = model.predict(X, return_std=True)
+    np.testing.assert_allclose(model.predict_cdf(X, mean), 0.5)
+    np.testing.assert_allclose(model.predict_cdf(X, 0.3), norm.cdf(0.3, mean, std), atol=1e-9)
+    for thresholds in ([0.1, 0.2], "abc"):
+        with pytest.raises(DataError, match="thresholds"):
+            model.predict_cdf(X, thresholds)
