@@ -148,6 +148,15 @@ class MixtureOfGaussians(Posterior):  # type: ignore[misc]
     def _extended_shape(self, sample_shape: torch.Size = torch.Size()) -> torch.Size:  # noqa: B008
         return sample_shape + self.components[0].mean.shape
 
+    @property
+    def distribution(self) -> Any:
+        """What some acquisition functions ask for. Raises OptionError: a mixture is not one Gaussian."""
+        raise OptionError(
+            f"This posterior is a mixture of {len(self.components)} Gaussians, and what was asked needs one. Use a "
+            "Monte Carlo acquisition function (qLogExpectedImprovement, qLogNoisyExpectedImprovement, ...), or one "
+            "member: posterior.members[0].as_botorch()."
+        )
+
     def rsample_from_base_samples(self, sample_shape: torch.Size, base_samples: Tensor) -> Tensor:
         """Joint samples [*sample_shape, ..., q, m] from normals [*sample_shape, ..., 1 + q * m]."""
         level = torch.special.ndtr(base_samples[..., 0])
@@ -256,6 +265,8 @@ class FunctionModel(Model, FantasizeMixin):  # type: ignore[misc]
             raise DataError(
                 f"Y must be [..., {X.shape[-2]}, {self.num_outputs}] for X {tuple(X.shape)}; it is {tuple(Y.shape)}."
             )
+        if not bool(Y.isfinite().all()):
+            raise DataError("Y holds NaN or infinite values; observations must be numbers.")
         differentiable = X.requires_grad or Y.requires_grad
         if (
             self._source is not None

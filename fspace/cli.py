@@ -40,9 +40,17 @@ def fit(
     ] = None,
     task: Annotated[str, typer.Option(help="What to predict: regression.")] = "regression",
     kernel: Annotated[str, typer.Option(help="auto, deep, matern, rbf or neural.")] = "auto",
-    inference: Annotated[str, typer.Option(help="auto, exact or collapsed.")] = "auto",
+    inference: Annotated[str, typer.Option(help="auto, exact, collapsed or sites.")] = "auto",
+    likelihood: Annotated[
+        str, typer.Option(help="Noise: auto, gaussian (constant) or heteroscedastic (varies).")
+    ] = "auto",
     members: Annotated[int | None, typer.Option(help="Deep kernels in the ensemble.")] = None,
-    inducing: Annotated[int | None, typer.Option(help="Most inducing inputs of a sparse posterior.")] = None,
+    inducing: Annotated[
+        float | None,
+        typer.Option(
+            help="Most inducing inputs of a sparse posterior; below 1, the variance they may leave unexplained."
+        ),
+    ] = None,
     categorical: Annotated[list[str] | None, typer.Option(help="Column to read as a category.")] = None,
     drop: Annotated[
         list[str] | None, typer.Option(help="Column to leave out, such as an identifier.")
@@ -65,7 +73,9 @@ def fit(
     from fspace.runs import FitRun, fit_table
 
     options: dict[str, Any] = {"kernel": kernel, "inference": inference, "missing": missing, "device": device}
-    options |= {"seed": seed, "members": members, "inducing": inducing}
+    whole = inducing is not None and inducing.is_integer()
+    options |= {"seed": seed, "members": members, "inducing": int(inducing or 0) if whole else inducing}
+    options["likelihood"] = likelihood
     run = FitRun(
         data=data,
         targets=target or [],

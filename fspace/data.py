@@ -26,7 +26,7 @@ from .columns import (
 )
 from .datasets import load_diabetes_table, load_flights, load_uci, read_table, write_table
 from .errors import DataError, NotFittedError, OptionError
-from .tables import as_table, column_names, from_polars, from_tensor, name_mismatch
+from .tables import as_table, column_names, from_polars, from_tensor, name_mismatch, refuse_dates, unmasked
 
 __all__ = [
     "TableEncoder",
@@ -60,7 +60,7 @@ class TableEncoder:
 
     def __init__(
         self,
-        categories: Sequence[str | int] | str | None = None,
+        categories: Any = None,  # checked in fit
         missing: str = "error",
         owner: str = "TableEncoder",
     ):
@@ -90,7 +90,7 @@ class TableEncoder:
         if names is not None:
             self.feature_names_in_ = names
         try:
-            opted_in = self._positions(self.categories or [])
+            opted_in = self._positions([] if self.categories is None else self.categories)
             if isinstance(table, np.ndarray) and opted_in:
                 table = pd.DataFrame(table)
             self._learn_columns(table, opted_in)
@@ -111,6 +111,8 @@ class TableEncoder:
             self._check_tensor(table)
             require_finite(table, first_row=first_row)
             return table
+        if isinstance(table, np.ndarray) and not hasattr(self, "feature_names_in_") and any(self.levels):
+            table = pd.DataFrame(table)  # as fit does with categories by position
         self._check_columns(table, warned=first_row > 0)
         return self._encode(table, first_row)
 
@@ -171,7 +173,7 @@ class TableEncoder:
             encoder = cls(missing=state["missing"], owner=state["owner"])
             encoder.n_features_in_ = int(state["n_features"])
             encoder._columns = [
-                {key: column[key] for key in ("kind", "levels", "fill") if key in column}
+                {"kind": column["kind"]} | {key: column[key] for key in ("levels", "fill") if key in column}
                 for column in state["columns"]
             ]
             encoder._tensor_shape = None if state["tensor_shape"] is None else tuple(state["tensor_shape"])
@@ -195,13 +197,15 @@ class TableEncoder:
             if hasattr(self, name):
                 delattr(self, name)
 
-    def _positions(self, columns: Sequence[str | int] | str) -> set[int]:
+    def _positions(self, columns: Any) -> set[int]:
         """Positions of columns given by name or by number."""
         names, found = self.feature_names, set()
+        if not isinstance(columns, str | Sequence | np.ndarray | pd.Index):
+            raise OptionError(f"categories={columns!r} must be a list of column names or positions.")
         for column in [columns] if isinstance(columns, str) else columns:
             if isinstance(column, str) and column in names:
                 found.add(names.index(column))
-            elif not isinstance(column, str) and 0 <= int(column) < self.n_features_in_:
+            elif isinstance(column, int | np.integer) and 0 <= column < self.n_features_in_:
                 found.add(int(column))
             else:
                 raise DataError(
@@ -323,7 +327,8 @@ def check_target(y: Any, n: int | None = None) -> Float[np.ndarray, "n *t"]:
     if type(y).__module__.split(".")[0] == "polars":
         y = from_polars(y) if hasattr(y, "get_columns") else from_polars(y.to_frame()).iloc[:, 0]
     if hasattr(y, "detach"):
-        y = from_tensor(y)
+        y = from_tensor(y, "y")
+    y = unmasked(y)
     if not isinstance(y, pd.DataFrame | pd.Series):
         try:
             y = np.asarray(y)
@@ -331,6 +336,7 @@ def check_target(y: Any, n: int | None = None) -> Float[np.ndarray, "n *t"]:
             raise DataError(f"y is not a target: its rows differ in length ({error}).") from error
         if y.dtype.kind == "c":
             raise DataError("Complex data not supported in y.")
+        refuse_dates(y, "y")
         if y.dtype.kind in "OUS" and y.ndim in (1, 2):
             y = pd.DataFrame(y.astype(object)) if y.ndim == 2 else pd.Series(y.astype(object))
     names: list[str] | None = None
@@ -392,5 +398,5 @@ def split_target(table: pd.DataFrame, targets: Sequence[str]) -> tuple[pd.DataFr
             raise DataError(f"The target {target!r} is not a column of the table.{suggest(target, names)}")
     inputs = table[[name for name in names if name not in targets]]
     if inputs.shape[1] == 0:
-        raise DataError("Nothing is left to predict from: every column is a target.")
+        raise DataError("Nothing is left to predict from: every column is a target or dropped.")
     return inputs, table[list(targets)]

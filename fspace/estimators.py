@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,7 +18,7 @@ from sklearn.base import BaseEstimator, RegressorMixin
 from torch import Tensor
 
 from fspace.data import TableEncoder, check_target, target_names
-from fspace.errors import DataError, NotFittedError, OptionError
+from fspace.errors import DataError, NotFittedError, NumericalError, OptionError
 from fspace.inference.candidates import (
     EXACT_ROWS,
     Choice,
@@ -30,8 +31,10 @@ from fspace.inference.candidates import (
 )
 from fspace.inference.numerics import pick_device, pick_dtype
 from fspace.inference.optimise import MIN_NOISE, gaussian_likelihood
-from fspace.kernels.deep import DeepKernel
+from fspace.kernels.deep import DeepKernel, embed, embedded_kernel
+from fspace.kernels.evaluate import covariance
 from fspace.posterior import FunctionPosterior, MixturePosterior, Predictive
+from fspace.predictive_base import as_tensor, check_seed
 from fspace.progress import progress
 
 LIKELIHOODS = ("auto", "gaussian", "heteroscedastic")
@@ -125,7 +128,7 @@ class GPRegressor(RegressorMixin, BaseEstimator):
                 sites=self.inference == "sites",
                 inducing=min(int(self.inducing) if self.inducing >= 1 else MOST_INDUCING, len(x)),
                 dtype=dtype,
-                seed=int(self.seed),
+                seed=check_seed(self.seed),
                 tolerance=0.0 if self.inducing >= 1 else float(self.inducing),
                 vary={"auto": None, "heteroscedastic": True}.get(self.likelihood, False)
                 if isinstance(self.likelihood, str)
@@ -166,6 +169,8 @@ class GPRegressor(RegressorMixin, BaseEstimator):
         scaling = input_scaling(x, warp=False) if x.ndim == 2 else channel_scaling(x)
         if isinstance(self.kernel, DeepKernel) or self.kernel == "deep":
             kernel = self.kernel if isinstance(self.kernel, DeepKernel) else None
+            if kernel is not None:
+                check_kernel(copy.deepcopy(kernel).eval(), torch.tensor(x[:3], dtype=torch.float64))
             fits = []
             for k in range(self.members):
                 fits.append(fit_deep(plan, kernel, scaling, k, f"deep {k + 1}"))
@@ -178,6 +183,7 @@ class GPRegressor(RegressorMixin, BaseEstimator):
                 else named_kernel(self.kernel, x.shape[1])
             )
             name = self.kernel if isinstance(self.kernel, str) else type(self.kernel).__name__
+            check_kernel(plain, torch.tensor(x[:3], dtype=torch.float64))
             fits = fit_plain(plan, plain, scaling, name)
         weights = torch.full((len(fits),), 1.0 / len(fits), dtype=torch.float64)
         report = {
@@ -247,7 +253,8 @@ class GPRegressor(RegressorMixin, BaseEstimator):
             )
         if not isinstance(self.members, int | np.integer) or self.members < 1:
             raise OptionError(f"members={self.members!r} must be a whole number of at least 1.")
-        share = isinstance(self.inducing, float) and 0 < self.inducing < 1
+        check_seed(self.seed)
+        share = isinstance(self.inducing, float | np.floating) and 0 < self.inducing < 1
         if not share and (not isinstance(self.inducing, int | np.integer) or self.inducing < 1):
             raise OptionError(
                 f"inducing={self.inducing!r} must be a whole number of at least 1, or a share of the prior variance "
@@ -290,8 +297,14 @@ class GPRegressor(RegressorMixin, BaseEstimator):
     def predict_cdf(self, X: Any, thresholds: Any) -> np.ndarray:
         """P(y <= threshold) at every row, for a threshold or one a row."""
         predictive: Any = self.predictive(X)
-        y = torch.as_tensor(thresholds, dtype=torch.float64, device=predictive.mean.device)
-        return predictive.cdf(y.expand_as(predictive.mean)).cpu().numpy()
+        y = as_tensor(thresholds, predictive.mean.device, "thresholds").to(torch.float64)
+        try:
+            y = y.expand_as(predictive.mean)
+        except RuntimeError as error:
+            raise DataError(
+                f"thresholds has shape {tuple(y.shape)}, but the prediction has shape {tuple(predictive.mean.shape)}."
+            ) from error
+        return predictive.cdf(y).cpu().numpy()
 
     @torch.no_grad()
     def sample_y(self, X: Any, n_samples: int = 1, random_state: int | None = 0) -> np.ndarray:
@@ -305,12 +318,37 @@ class GPRegressor(RegressorMixin, BaseEstimator):
         return save(self, path)
 
 
+def check_kernel(kernel: Kernel, x: Tensor) -> None:
+    """Raises OptionError for a kernel that gives no covariance of rows [k, d] (or images, sequences)."""
+    what = f"kernel={type(kernel).__name__} cannot be used on rows of shape {list(x.shape[1:])}"
+    try:
+        with torch.no_grad():
+            k = covariance(embedded_kernel(kernel), embed(kernel, x))
+    except NumericalError:
+        raise
+    except Exception as error:  # whatever a foreign kernel raises
+        raise OptionError(
+            f"{what}: {error}. Its ard_num_dims, active_dims and number of inputs must be those of the encoded table."
+        ) from error
+    if k.shape != (len(x), len(x)):
+        raise OptionError(
+            f"{what}: it gives a covariance of shape {list(k.shape)} for {len(x)} rows. Pass a kernel of one function, "
+            "without batch_shape or tasks; several outputs share it."
+        )
+
+
 def own_likelihood(given: GaussianLikelihood, outputs: int) -> GaussianLikelihood:
     """A copy in float64 with one noise an output; one given for all outputs starts them all."""
     like = copy.deepcopy(given).double()
     if not like.raw_noise.requires_grad:
         raise OptionError(
             "likelihood has a noise that is fixed; this estimator learns it. Leave requires_grad on."
+        )
+    constraint = like.noise_covar.raw_noise_constraint
+    if math.isfinite(constraint.upper_bound) or constraint.lower_bound > 1e-4 or list(like.named_priors()):
+        raise OptionError(
+            "likelihood has a prior or bounds on its noise, which this estimator would not keep; pass one without, "
+            "whose noise is where the fit starts."
         )
     if like.noise.numel() not in (1, outputs):
         raise OptionError(
@@ -337,10 +375,12 @@ def _relevance(posterior: FunctionPosterior, x: Tensor) -> np.ndarray:
     """Share of each encoded column (or channel) in the function: root mean square of the mean's slope times the
     column's spread."""
     pick = x[:: max(1, len(x) // 200)].clone().requires_grad_()
-    posterior.latent(pick).mean.sum().backward()
-    assert pick.grad is not None
+    mean = posterior.latent(pick).mean.sum()
+    slope = (
+        torch.autograd.grad(mean, pick)[0] if mean.requires_grad else torch.zeros_like(x[:1])
+    )  # a constant kernel
     channel = 1 if x.ndim == 4 else x.ndim - 1
-    slopes = (pick.grad * x.std(dim=0)).movedim(channel, -1).flatten(0, -2)
+    slopes = (slope * x.std(dim=0)).movedim(channel, -1).flatten(0, -2)
     share = slopes.square().mean(dim=0).sqrt().nan_to_num(0.0)
     total = share.sum()
     share = share / total if total > 0 else torch.full_like(share, 1.0 / len(share))

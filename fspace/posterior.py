@@ -16,6 +16,7 @@ from fspace.predictive import (
     Mixture,
     Predictive,
     Samples,
+    check_count,
     generator_for,
     normalised_weights,
 )
@@ -70,7 +71,7 @@ class FunctionPosterior(ABC):
 
     @abstractmethod
     def draw(self, n: int = 1, seed: int | None = None) -> FunctionDraws:
-        """n functions from the posterior."""
+        """n functions from the posterior, at least one."""
 
     def condition(self, x: Any, y: Any) -> FunctionPosterior:
         """The posterior after also seeing y [n] or [n, t] at x [n, d]; this one stays as it is."""
@@ -103,7 +104,7 @@ class MixturePosterior(FunctionPosterior):
 
     def draw(self, n: int = 1, seed: int | None = None) -> FunctionDraws:
         """n functions, each from a member picked with the probability of its weight."""
-        generator = generator_for(seed, torch.device("cpu"))
+        n, generator = check_count(n, 1), generator_for(seed, torch.device("cpu"))
         picks = torch.multinomial(self.weights, n, replacement=True, generator=generator).tolist()
         seeds = torch.randint(2**31, (len(self.members),), generator=generator).tolist()
         pools = [

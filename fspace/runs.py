@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from fspace.columns import suggest
 from fspace.data import TableEncoder, check_target, load_diabetes_table, read_table, split_target, write_table
 from fspace.errors import DataError, ModelFileError, OptionError
 from fspace.estimators import GPRegressor
+from fspace.predictive_base import check_seed
 from fspace.progress import progress
 from fspace.report import choice_scores, write_report
 from fspace.scores import baseline_scores, regression_scores
@@ -57,24 +59,31 @@ def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
         raise OptionError(f"task={run.task!r} does not exist; so far there is 'regression'.")
     if not 0 <= run.test_fraction < 1:
         raise OptionError(f"test-fraction={run.test_fraction} must be at least 0 and below 1.")
+    seed = check_seed(run.options.get("seed", 0))
     folder = choose_folder(run.out, run.overwrite)
+    if run.data is not None and Path(run.data).resolve() in [
+        (folder / name).resolve() for name in (MODEL, METRICS, PREDICTIONS, REPORT)
+    ]:
+        raise OptionError(f"--out {folder}: the results would replace {run.data}, which they are made from.")
     inputs, target, source = _load(run)
     y = check_target(target)
     one = y.shape[1] == 1
     y = y[:, 0] if one else y
     # over all rows, so that a bad cell is named by its row in the file, not by its row in the training part
     TableEncoder(missing=str(run.options.get("missing", "error"))).fit(inputs)
-    train, test = _split(len(inputs), run.test_fraction, int(run.options.get("seed", 0)))
+    train, test = _split(len(inputs), run.test_fraction, seed)
     model = GPRegressor(
         categories=list(run.categorical) or None, progress=False if quiet else "auto", **run.options
     )
-    started = time.perf_counter()
-    model.fit(inputs.iloc[train], (target.iloc[:, 0] if one else target).iloc[train])
-    seconds = time.perf_counter() - started
-
     part = folder.with_name(f".{folder.name}.{os.getpid()}")
-    part.mkdir()
+    try:  # before the fit, so that nobody waits for results that then have no place
+        part.mkdir()
+    except OSError as error:
+        raise OptionError(f"--out {folder}: the folder cannot be made ({error.strerror}).") from error
     try:
+        started = time.perf_counter()
+        model.fit(inputs.iloc[train], (target.iloc[:, 0] if one else target).iloc[train])
+        seconds = time.perf_counter() - started
         with progress("measuring and writing the results", not quiet):
             results = _write(part, run, model, seconds, inputs, y, target, source, train, test)
     finally:  # whatever was written is kept, also where a later file failed
@@ -160,8 +169,14 @@ def predict_table(
     Columns are taken by name, in whatever order they stand; others are left out, and the summary says which.
     """
     target_file = Path(out)
-    if target_file.exists() and not overwrite:
+    try:
+        taken = target_file.exists()
+    except OSError as error:
+        raise OptionError(f"{out!r} cannot be written ({error.strerror}).") from error
+    if taken and not overwrite:
         raise OptionError(f"{out!r} exists; give another name, or --overwrite to replace it.")
+    if taken and target_file.resolve() in (Path(data).resolve(), Path(model).resolve()):
+        raise OptionError(f"{out!r} is what the predictions are made from; give another name.")
     if not target_file.name.lower().endswith((".csv", ".tsv", ".parquet", ".pq")):
         raise OptionError(f"{out!r}: write to a name that ends in .csv or .parquet.")
     fitted = load_model(model)
@@ -189,8 +204,11 @@ def predict_table(
                 rows += len(part)
                 tell(done=rows)
         os.replace(partial, target_file)
+    except OSError as error:
+        raise OptionError(f"{out!r} cannot be written ({error.strerror}).") from error
     finally:  # a table that is refused half-way leaves nothing behind
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
     return {"rows": rows, "out": str(target_file), "targets": names, "notes": notes}
 
 
@@ -307,7 +325,11 @@ def _versions() -> dict[str, str]:
 def choose_folder(out: str | None, overwrite: bool) -> Path:
     """Where results go. Raises OptionError where that would lose earlier ones or cannot be written."""
     folder = Path(out if out is not None else DEFAULT_OUT)
-    if folder.exists() and not folder.is_dir():
+    try:
+        there = folder.exists()
+    except OSError as error:
+        raise OptionError(f"--out {folder}: the folder cannot be made ({error.strerror}).") from error
+    if there and not folder.is_dir():
         raise OptionError(f"--out {folder}: that is a file; name a folder.")
     if _taken(folder) and not overwrite:
         if out is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
+import uuid
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Any
 
 import gpytorch
 import torch
+from gpytorch.constraints import Positive
+from gpytorch.likelihoods import GaussianLikelihood
 from safetensors.torch import load as read_tensors
 from safetensors.torch import save as write_tensors
 
@@ -38,6 +42,8 @@ def save(model: GPRegressor, path: str | Path) -> Path:
             "This GPRegressor instance is not fitted yet: there is nothing to save. Call 'fit' first."
         )
     path = Path(path)
+    if os.path.isdir(path) or not path.name:  # pathlib's raises for names that are too long
+        raise ModelFileError(f"{str(path)!r} is a folder; name the file to write in it.")
     posterior = model.posterior_
     members = posterior.members if isinstance(posterior, MixturePosterior) else [posterior]
     tensors: dict[str, torch.Tensor] = {}
@@ -45,10 +51,7 @@ def save(model: GPRegressor, path: str | Path) -> Path:
     for i, member in enumerate(members):
         assert isinstance(member, GPPosterior)
         specs.append(_describe(member, f"{i}.", tensors))
-    options = {
-        k: v if not isinstance(v, gpytorch.kernels.Kernel) else "auto"
-        for k, v in model.get_params(deep=False).items()
-    }
+    options = {k: _option(k, v, tensors) for k, v in model.get_params(deep=False).items()}
     header = {
         "format": FORMAT,
         "fspace": __version__,
@@ -65,17 +68,80 @@ def save(model: GPRegressor, path: str | Path) -> Path:
         "interrupted": model.interrupted_,
     }
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    unfinished = path.with_name(path.name + ".part")
-    with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("model.json", json.dumps(header, default=_plain))
-        archive.writestr("model.safetensors", write_tensors(tensors))
-    os.replace(unfinished, path)
+    content = json.dumps(header, default=_plain), write_tensors(tensors)
+    unfinished = path.with_name(
+        f".{uuid.uuid4().hex[:8]}.part"
+    )  # a name of its own: two may save to one path
+    try:
+        with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:
+            archive.writestr("model.json", content[0])
+            archive.writestr("model.safetensors", content[1])
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise ModelFileError(f"{str(path)!r} cannot be written: {error.strerror}.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
     return path
 
 
 def _plain(value: Any) -> Any:
     """Options as JSON: numpy's numbers and arrays, torch's devices and types."""
     return value.tolist() if hasattr(value, "tolist") else str(value).removeprefix("torch.")
+
+
+def _option(name: str, value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """An option as JSON; of a kernel or likelihood that was passed in, the parameters go to `tensors`."""
+    if isinstance(value, gpytorch.kernels.Kernel):
+        tensors |= {f"option.{name}.{k}": v for k, v in value.state_dict().items()}
+        fixed = [k for k, parameter in value.named_parameters() if not parameter.requires_grad]
+        return {"kernel": kernel_to_spec(value), "fixed": fixed}
+    if isinstance(value, GaussianLikelihood):
+        tensors[f"option.{name}.noise"] = value.noise
+        return {"noise": list(value.noise.shape)}
+    return value
+
+
+def _read_option(
+    name: str, value: Any, tensors: dict[str, torch.Tensor], modules: Mapping[str, torch.nn.Module] | None
+) -> Any:
+    prefix = f"option.{name}."
+    own = {k.removeprefix(prefix): v.clone() for k, v in tensors.items() if k.startswith(prefix)}
+    if isinstance(value, dict) and "kernel" in value:
+        kernel = _read_kernel(value["kernel"], own, modules, torch.device("cpu"))
+        for parameter in value["fixed"]:
+            kernel.get_parameter(parameter).requires_grad_(False)
+        return kernel.train()
+    if isinstance(value, dict) and "noise" in value:
+        likelihood = GaussianLikelihood(noise_constraint=Positive(), batch_shape=own["noise"].shape[:-1])
+        likelihood.to(own["noise"].dtype).noise = own["noise"]
+        return likelihood
+    return value
+
+
+def _read_kernel(
+    spec: Mapping[str, Any],
+    weights: dict[str, torch.Tensor],
+    modules: Mapping[str, torch.nn.Module] | None,
+    where: torch.device,
+) -> gpytorch.kernels.Kernel:
+    own = copy.deepcopy(dict(modules or {}))  # each kernel has weights of its own
+    for name, module in own.items():
+        saved = [v for k, v in weights.items() if k.startswith(f"{name}.") and v.is_floating_point()]
+        if saved:
+            module.to(saved[0].dtype)
+    kernel = kernel_from_spec(spec, own).to(where)
+    kernel.eval()  # first, because going to eval may move a spectral-norm estimate
+    try:
+        kernel.load_state_dict(weights)
+    except RuntimeError as error:
+        if not own:
+            raise
+        raise ModelFileError(
+            f"The weights in the file do not fit modules={{{', '.join(map(repr, own))}: ...}}; pass a module built "
+            f"as the one that was fitted. {error}"
+        ) from error
+    return kernel
 
 
 def _describe(member: GPPosterior, prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -100,7 +166,7 @@ def _describe(member: GPPosterior, prefix: str, tensors: dict[str, torch.Tensor]
 def load(
     path: str | Path, device: str = "auto", modules: Mapping[str, torch.nn.Module] | None = None
 ) -> GPRegressor:
-    """Read a saved estimator; it predicts as it did, and needs no training data.
+    """Read a saved estimator; it predicts as it did, has the options it had, and needs no training data.
 
     modules: {"extractor": module} for a feature extractor that is not one of fspace's or torch's standard layers;
     it stays as it is, copies of it take the saved weights. Raises ModelFileError for files that are missing, damaged
@@ -122,7 +188,7 @@ def load(
             raise ModelFileError(
                 f"{path} has format {header['format']}; this version of fspace reads format {FORMAT}."
             )
-        model = GPRegressor(**header["options"])
+        model = GPRegressor(**{k: _read_option(k, v, tensors, modules) for k, v in header["options"].items()})
         model.encoder_ = TableEncoder.from_state(header["encoder"])
         members = [
             _member(
@@ -142,7 +208,7 @@ def load(
         model.n_features_in_ = model.encoder_.n_features_in_
         if hasattr(model.encoder_, "feature_names_in_"):
             model.feature_names_in_ = model.encoder_.feature_names_in_
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         if isinstance(error, ModelFileError):
             raise
         raise ModelFileError(f"{path} is a damaged fspace model: {type(error).__name__}: {error}") from error
@@ -156,22 +222,7 @@ def _member(
         return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
 
     where = tensors["inducing_inputs"].device
-    own = copy.deepcopy(dict(modules or {}))  # each member has weights of its own
-    for name, module in own.items():
-        saved = [v for k, v in tensors.items() if k.startswith(f"kernel.{name}.") and v.is_floating_point()]
-        if saved:
-            module.to(saved[0].dtype)
-    kernel = kernel_from_spec(spec["kernel"], own).to(where)
-    kernel.eval().requires_grad_(False)  # first, because going to eval may move a spectral-norm estimate
-    try:
-        kernel.load_state_dict(part("kernel"))
-    except RuntimeError as error:
-        if not own:
-            raise
-        raise ModelFileError(
-            f"The weights in the file do not fit modules={{{', '.join(map(repr, own))}: ...}}; pass a module built "
-            f"as the one that was fitted. {error}"
-        ) from error
+    kernel = _read_kernel(spec["kernel"], part("kernel"), modules, where).requires_grad_(False)
     likelihood = gaussian_likelihood(spec["outputs"], 0.1, where)
     likelihood.load_state_dict(part("likelihood"))
     likelihood.eval().requires_grad_(False)

@@ -24,7 +24,8 @@ def as_table(X: Any) -> pd.DataFrame | NDArray:
     if isinstance(X, pd.Series):
         X = X.to_numpy()
     if hasattr(X, "detach"):
-        X = from_tensor(X)
+        X = from_tensor(X, "X")
+    X = unmasked(X)
     if not isinstance(X, np.ndarray) and not hasattr(X, "nnz"):
         try:
             array = np.asarray(X)
@@ -34,6 +35,7 @@ def as_table(X: Any) -> pd.DataFrame | NDArray:
         X = np.asarray(X, dtype=object) if array.dtype.kind in "US" else array
     if isinstance(X, np.ndarray) and X.dtype.kind in "OUS" and X.ndim == 2 and 0 not in X.shape:
         return pd.DataFrame(X.astype(object))
+    refuse_dates(X, "X")
     return _checked(X)
 
 
@@ -50,12 +52,33 @@ def _checked(X: Any) -> NDArray:
         raise DataError(str(error)) from error
 
 
-def from_tensor(X: Any) -> NDArray:
-    """A tensor as a numpy array on the host."""
-    X = X.detach().cpu()
-    if X.is_floating_point() and X.element_size() < 4:  # numpy has no bfloat16
-        X = X.float()
-    return cast(NDArray, X.numpy())
+def from_tensor(X: Any, name: str) -> NDArray:
+    """A tensor as a numpy array on the host. Raises DataError for a sparse one, or one without values."""
+    try:
+        X = X.detach().cpu()
+        if X.is_floating_point() and X.element_size() < 4:  # numpy has no bfloat16
+            X = X.float()
+        return cast(NDArray, X.numpy())
+    except (TypeError, RuntimeError) as error:
+        raise WrongKindError(f"{name} is not a dense tensor of numbers: {error}") from error
+
+
+def unmasked(values: Any) -> Any:
+    """A masked array with NaN where values are masked, so that they count as missing; anything else as it is."""
+    if not isinstance(values, np.ma.MaskedArray):
+        return values
+    if values.dtype.kind not in "fiub" or not np.ma.is_masked(values):
+        return values.filled(np.nan) if values.dtype.kind == "O" else values.data
+    return np.where(np.ma.getmaskarray(values), np.nan, values.data)
+
+
+def refuse_dates(values: Any, name: str) -> None:
+    """Raises DataError for an array of dates or times, which would become counts of nanoseconds."""
+    if isinstance(values, np.ndarray) and values.dtype.kind in "mM":
+        raise DataError(
+            f"{name} holds dates or times ({values.dtype}). Turn them into numbers that mean something here, such as "
+            "days since a start, the month, or the hour."
+        )
 
 
 def from_polars(frame: Any) -> pd.DataFrame:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,11 @@ import pandas as pd
 import pytest
 import torch
 from gpytorch.kernels import MaternKernel, RBFKernel, ScaleKernel
+from gpytorch.likelihoods import GaussianLikelihood
+from gpytorch.priors import GammaPrior
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.base import clone
 from torch import nn
 
 import fspace
@@ -89,6 +94,41 @@ def test_options_that_are_not_plain_python(wave, tmp_path):
     assert same(loaded, loaded.fit(X, y), X)  # the options of the file can be fitted with again
 
 
+def fixed_lengthscale():
+    kernel = ScaleKernel(RBFKernel(ard_num_dims=2, lengthscale_prior=GammaPrior(3.0, 6.0)))
+    kernel.base_kernel.lengthscale = 0.7
+    kernel.base_kernel.raw_lengthscale.requires_grad_(False)
+    return kernel
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel": ScaleKernel(RBFKernel(ard_num_dims=2))},
+        {"kernel": fixed_lengthscale()},
+        {"kernel": fspace.DeepKernel(nn.Linear(2, 2), MaternKernel())},
+        {"kernel": "matern", "likelihood": GaussianLikelihood()},
+    ],
+)
+def test_what_was_passed_in_comes_back_and_can_be_fitted_with(wave, options, tmp_path):
+    X, y = wave
+    model = fspace.GPRegressor(members=1, **options).fit(X, y)
+    loaded = fspace.load(model.save(tmp_path / "m.fspace"))
+    for name, passed in options.items():
+        got = loaded.get_params()[name]
+        assert type(got) is type(passed)
+        if isinstance(passed, GaussianLikelihood):
+            torch.testing.assert_close(got.noise, passed.noise)
+        elif isinstance(passed, nn.Module):
+            for one, other in zip(passed.parameters(), got.parameters(), strict=True):
+                torch.testing.assert_close(one, other, check_dtype=False)
+                assert one.requires_grad == other.requires_grad
+    for again in (clone(loaded), fspace.load(loaded.save(tmp_path / "again.fspace"))):
+        np.testing.assert_allclose(again.fit(X, y).predict(X), model.predict(X), rtol=0, atol=1e-6)
+    other = fspace.GPRegressor(kernel="auto", members=1).fit(X, y)  # what was fitted with before, in silence
+    assert np.abs(other.predict(X) - model.predict(X)).max() > 1e-4
+
+
 # ---- extractors of the user's own ----------------------------------------------------------------
 
 
@@ -155,6 +195,8 @@ def test_damaged_and_foreign_files_are_refused(wave, tmp_path):
             "os.system",
         ),
         (lambda h: [h], "damaged"),
+        (lambda h: {**h, "members": []}, "damaged"),
+        (lambda h: {**h, "encoder": {**h["encoder"], "columns": [{}, {}]}}, "damaged"),
     ],
 )
 def test_a_header_that_was_tampered_with(wave, tmp_path, change, words):
@@ -175,3 +217,42 @@ def test_a_save_that_fails_leaves_the_earlier_file(wave, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         model.save(path)
     assert same(model, fspace.load(path), wave[0])
+
+
+def test_places_that_cannot_be_written_are_named_and_nothing_is_left_there(wave, tmp_path):
+    model = fspace.GPRegressor(kernel="matern").fit(*wave)
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "no" / "m", tmp_path / "file" / "m", tmp_path / ("long" * 100), ""):
+        with pytest.raises(ModelFileError, match="folder|cannot be written"):
+            model.save(place)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_process_killed_while_it_saves_leaves_the_earlier_file(wave, tmp_path):
+    model = fspace.GPRegressor(kernel="matern").fit(*wave)
+    path = model.save(tmp_path / "m.fspace")
+    code = (
+        "import os, signal, sys, zipfile, fspace\n"
+        "model = fspace.load(sys.argv[1])\n"
+        "write = zipfile.ZipFile.writestr\n"
+        "def half(self, name, data):\n"
+        "    write(self, name, data[: len(data) // 2]); self.fp.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "zipfile.ZipFile.writestr = half\n"
+        "model.save(sys.argv[1])\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(fspace.__file__).parents[1])}
+    killed = subprocess.run([sys.executable, "-c", code, str(path)], env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    assert same(model, fspace.load(path), wave[0])
+    model.save(path)  # what the killed process left does not stand in the way
+    assert same(model, fspace.load(path), wave[0])
+
+
+def test_two_threads_may_save_to_one_path(wave, tmp_path):
+    models = [fspace.GPRegressor(kernel=kernel).fit(*wave) for kernel in ("matern", "rbf")]
+    path = tmp_path / "m.fspace"
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(20):
+            list(pool.map(lambda model: model.save(path), models))
+            loaded = fspace.load(path)
+            assert any(same(model, loaded, wave[0]) for model in models)

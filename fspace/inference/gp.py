@@ -17,7 +17,7 @@ from fspace.inference.paths import prior_path
 from fspace.kernels.deep import embedded_kernel
 from fspace.kernels.evaluate import covariance
 from fspace.posterior import FunctionDraws, FunctionPosterior
-from fspace.predictive import Gaussian, generator_for
+from fspace.predictive import Gaussian, as_tensor, check_count, generator_for
 
 CHUNK = 4096  # rows predicted at once
 
@@ -74,7 +74,16 @@ class GPPosterior(FunctionPosterior):
         return self.basis.noise * self.scaling.y_scale.square()
 
     def _inputs(self, x: Any) -> Tensor:
-        x = torch.as_tensor(x, dtype=torch.float64, device=self.site.shift.device)
+        return self._embedded(self._numbers(x, "x"))
+
+    def _numbers(self, values: Any, name: str) -> Tensor:
+        """Values in float64. Raises DataError for what is no number: one NaN would spoil all that is said with it."""
+        values = as_tensor(values, self.site.shift.device, name).to(torch.float64)
+        if not bool(values.isfinite().all()):
+            raise DataError(f"{name} holds NaN or infinite values; remove such rows.")
+        return values
+
+    def _embedded(self, x: Tensor) -> Tensor:
         row = self.scaling.shift.shape  # [d], or [c, 1, 1] for images
         fits = x.ndim > len(row) and all(a in (1, b) for a, b in zip(row, x.shape[-len(row) :]))
         if not fits:
@@ -91,7 +100,7 @@ class GPPosterior(FunctionPosterior):
         w = solve_lower(self._inner, v[..., None, :, :])
         return v, w, (w.mT @ self._mean_weights)[..., 0]
 
-    def _moments(self, x: Tensor, noise: bool) -> Gaussian:
+    def _moments(self, x: Any, noise: bool) -> Gaussian:
         with full_precision():
             z = self._inputs(x)
             means, variances, ratios = [], [], []
@@ -135,7 +144,7 @@ class GPPosterior(FunctionPosterior):
     def draw(self, n: int = 1, seed: int | None = None) -> FunctionDraws:
         """n functions by pathwise conditioning. Source: Wilson et al. (2020), eq. 9."""
         generator = generator_for(seed, self.site.shift.device)
-        return FunctionDraws([self._path(generator) for _ in range(n)])
+        return FunctionDraws([self._path(generator) for _ in range(check_count(n, 1))])
 
     def _path(self, generator: torch.Generator):  # type: ignore[no-untyped-def]
         inducing, factor = self.basis.inducing_inputs, self.basis.factor
@@ -156,19 +165,27 @@ class GPPosterior(FunctionPosterior):
             z = self._inputs(x)
             values = prior(z) + correction @ self.basis.whiten(z)
             values = values * self.scaling.y_scale[:, None] + self.scaling.y_shift[:, None]
-            return values[0] if self.vector else values.mT
+            return values[..., 0, :] if self.vector else values.mT
 
         return function
 
     def condition(self, x: Any, y: Any) -> GPPosterior:
-        """Also seeing y [n] or [n, t] at x [n, d]: the new rows become inducing inputs and one more site."""
-        x = torch.as_tensor(x, dtype=torch.float64, device=self.site.shift.device)
-        y = torch.as_tensor(y, dtype=torch.float64, device=x.device).reshape(len(x), -1)
-        if y.shape[1] != self.num_outputs:
-            raise DataError(f"y must have {self.num_outputs} outputs; it has {y.shape[1]}.")
-        scaled = self.scaling.inputs(x)
+        """Also seeing y [n] or [n, t] at x [n, d]: the new rows become inducing inputs and one more site.
+
+        Raises DataError for other shapes, NaN and infinity.
+        """
+        x, y = self._numbers(x, "x"), self._numbers(y, "y")
         with torch.no_grad():
-            basis = self.basis.grown(self.basis.embed(scaled))
+            z = self._embedded(x)
+        if y.shape != (len(x), self.num_outputs) and not (self.num_outputs == 1 and y.shape == (len(x),)):
+            raise DataError(
+                f"y must have shape [{len(x)}, {self.num_outputs}] for x {tuple(x.shape)}; it has {tuple(y.shape)}."
+            )
+        if len(x) == 0:
+            return self
+        y, scaled = y.reshape(len(x), -1), self.scaling.inputs(x)
+        with torch.no_grad():
+            basis = self.basis.grown(z)
             site = fit_site(
                 basis, scaled, (y - self.scaling.y_shift) / self.scaling.y_scale, site_id="condition"
             )

@@ -55,7 +55,8 @@ def fit_noise_function(
     t = squares.shape[1]
     half = torch.tensor(0.5 * t, dtype=torch.float64)
     bias, spread = torch.digamma(half) - math.log(0.5 * t), torch.polygamma(1, half)
-    target = (squares / squares.mean(dim=0) + FLOOR).mean(dim=1).log() - bias.to(z.device)
+    level = squares.mean(dim=0).clamp(min=1e-300)  # a constant output leaves no residual at all
+    target = (squares / level + FLOOR).mean(dim=1).log() - bias.to(z.device)
     centre = target.mean()
     rows = torch.arange(len(z), device=z.device)
     if len(z) > ROWS:

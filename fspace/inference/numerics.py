@@ -74,7 +74,9 @@ def pick_device(device: str | torch.device) -> torch.device:
             )
     elif chosen.type != "cpu":
         try:
-            torch.empty(1, dtype=torch.float64, device=chosen)
+            torch.zeros(
+                1, dtype=torch.float64, device=chosen
+            ).item()  # "meta" can make them, but they hold nothing
         except Exception as error:
             raise DeviceError(
                 f"device={device!r} cannot hold float64 numbers here ({error}); use 'auto' or 'cpu'."

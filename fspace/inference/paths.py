@@ -18,7 +18,7 @@ from fspace.kernels.deep import SplitKernel
 from fspace.kernels.evaluate import covariance
 
 FEATURES = 2048
-Path = Callable[[Tensor], Tensor]  # embedded inputs [n, p] -> values [t, n]
+Path = Callable[[Tensor], Tensor]  # embedded inputs [..., n, p] -> values [..., t, n]
 
 
 def prior_path(kernel: Kernel, width: int, outputs: int, generator: torch.Generator) -> Path:
@@ -67,15 +67,18 @@ class _Remembered:
         self.white: Tensor | None = None  # [t, k]: the values are factor @ white
 
     def __call__(self, z: Tensor) -> Tensor:
+        if z.ndim > 2:  # batches: [..., n, p] -> [..., t, n]
+            values = self(z.reshape(-1, z.shape[-1]))
+            return values.reshape(self.outputs, *z.shape[:-1]).movedim(0, -2)
         known = 0 if self.points is None else len(self.points)
         points = z.detach() if self.points is None else torch.cat([self.points, z.detach()])
         points, index = _distinct(points, known)
         fresh = torch.randn(
             self.outputs, len(points) - known, generator=self.generator, dtype=z.dtype, device=z.device
         )
-        self.white = fresh if self.white is None else torch.cat([self.white, fresh], dim=1)
-        self.points = points
         factor, _ = cholesky(covariance(self.kernel, points), "kernel matrix of a function draw", 1e-10)
+        self.white = fresh if self.white is None else torch.cat([self.white, fresh], dim=1)
+        self.points = points  # after the factorisation: where that fails, the path stays as it was
         if not z.requires_grad:
             return (self.white @ factor.mT)[:, index]
         return (solve_lower(factor, covariance(self.kernel, points, z)).mT @ self.white.mT).mT

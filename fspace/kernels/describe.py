@@ -125,7 +125,8 @@ _TRANSFORMS: dict[str, tuple[Any, Any]] = {
     "exp": (torch.exp, torch.log),
 }
 _DTYPES = {
-    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16)
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 }
 
 

@@ -108,14 +108,17 @@ def covariance(
             matrix = matrix.clone() if matrix.requires_grad else matrix
             matrix.diagonal(dim1=-2, dim2=-1).fill_(1.0)
         return matrix
-    if kernel.active_dims is not None:  # already selected above; the general path would select again
-        selected = kernel.active_dims
-        try:
-            kernel.active_dims = None
-            return kernel(x1, other).to_dense()
-        finally:
-            kernel.active_dims = selected
-    return kernel(x1, other).to_dense()
+    # where x2 equals x1, some gpytorch kernels (linear, random features) take x1 for both: x2's gradient would be lost
+    same = x2 is not None and other.requires_grad and torch.equal(x1, other)
+    if same:
+        other = torch.cat([other, other[..., :1, :] + 1.0], dim=-2)
+    selected = kernel.active_dims
+    try:
+        kernel.active_dims = None  # selected above; the general path would select again
+        matrix = kernel(x1, other).to_dense()
+    finally:
+        kernel.active_dims = selected
+    return matrix[..., :-1] if same else matrix
 
 
 def diagonal(kernel: Kernel, x: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*out n"]:

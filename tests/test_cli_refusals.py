@@ -1,0 +1,142 @@
+"""Commands that would lose something, or wait for a fit that has no place to go, are refused before they start."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import fspace
+from fspace import cli, estimators, runs
+from fspace.data import read_table
+
+FIT = ["fit", "houses.csv", "--target", "price", "--kernel", "matern"]
+
+
+@pytest.fixture
+def houses(monkeypatch, tmp_path):
+    rng = np.random.default_rng(0)
+    size, rooms = rng.uniform(20, 200, 40), rng.integers(1, 6, 40)
+    price = 3.0 * size + 20.0 * rooms + rng.normal(0, 5.0, 40)
+    pd.DataFrame({"size": size, "rooms": rooms, "price": price}).to_csv(tmp_path / "houses.csv", index=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "houses.csv"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command line, with a stub of a report: (exit status, stdout, stderr)."""
+    monkeypatch.setattr(runs, "write_report", lambda path, *_, **__: path.write_text("report"))
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+
+    def command(*args):
+        monkeypatch.setattr(sys, "argv", ["fspace", *map(str, args)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return command
+
+
+def refused(result, *words):
+    """One clear line on stderr, nothing on stdout, status 2."""
+    status, out, err = result
+    assert status == 2 and out == ""
+    assert err.count("\n") == 1 and "Traceback" not in err
+    for word in words:
+        assert word in err, err
+
+
+@pytest.fixture
+def no_fit(monkeypatch):
+    """A fit would be seen."""
+    monkeypatch.setattr(estimators.GPRegressor, "fit", lambda *_: pytest.fail("it was fitted first"))
+
+
+@pytest.mark.parametrize(
+    "length", [250, 300]
+)  # the unfinished folder's name is longer than that of the folder
+def test_folders_that_cannot_be_made_are_refused_before_the_fit(run, houses, no_fit, length):
+    refused(run(*FIT, "--out", "o" * length), "cannot be made")
+    assert os.listdir(houses.parent) == ["houses.csv"]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_are_refused_before_the_fit(run, houses, no_fit, seed):
+    refused(run(*FIT, "--seed", seed), "seed", "whole number")
+
+
+def test_results_never_replace_the_table_they_are_made_from(run, houses):
+    assert run(*FIT, "--out", "m")[0] == 0
+    before = houses.read_bytes()
+    refused(run("predict", "m", "houses.csv", "--out", "houses.csv", "--overwrite"), "made from")
+    refused(run("predict", "m", "houses.csv", "--out", "./m/../houses.csv", "--overwrite"), "made from")
+    assert houses.read_bytes() == before
+    again = [
+        "fit",
+        "m/predictions.csv",
+        "--target",
+        "observed",
+        "--kernel",
+        "matern",
+        "--out",
+        "m",
+        "--overwrite",
+    ]
+    before = Path("m/predictions.csv").read_bytes()
+    refused(run(*again), "m/predictions.csv", "made from")
+    assert Path("m/predictions.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("length", [250, 300])
+def test_predictions_that_cannot_be_written(run, houses, length):
+    assert run(*FIT, "--out", "m")[0] == 0
+    refused(run("predict", "m", "houses.csv", "--out", "p" * length + ".csv"), "cannot be written")
+    assert sorted(os.listdir()) == ["houses.csv", "m"]
+
+
+def test_a_fit_that_fails_leaves_no_folder(run, houses, monkeypatch):
+    def fails(*_):
+        raise fspace.FspaceError("no")
+
+    monkeypatch.setattr(estimators.GPRegressor, "fit", fails)
+    refused(run(*FIT, "--out", "m"), "no")
+    assert os.listdir(houses.parent) == ["houses.csv"]
+
+
+def test_noise_and_inducing_inputs_are_options_of_the_command(run, houses):
+    chosen = ["--likelihood", "heteroscedastic", "--inference", "collapsed", "--inducing"]
+    assert run(*FIT, *chosen, "0.01", "--out", "share")[0] == 0
+    assert run(*FIT, *chosen, "5", "--out", "number")[0] == 0
+    share, number = (fspace.load(f"{folder}/model.fspace") for folder in ("share", "number"))
+    assert share.likelihood == number.likelihood == "heteroscedastic"
+    assert share.inducing == 0.01 and number.inducing == 5 and isinstance(number.inducing, int)
+    assert number.posterior_.site.shift.shape[-1] == 5
+    refused(run(*FIT, "--likelihood", "poisson"), "poisson", "heteroscedastic")
+    refused(run(*FIT, "--inducing", "0"), "inducing")
+    refused(run(*FIT, "--inducing", "2.5"), "inducing")
+
+
+def test_ctrl_c_in_a_running_command_writes_the_best_state(houses):
+    command = [*FIT[:-1], "deep", "--members", "50", "--out", "m"]  # minutes, if nobody stopped it
+    environment = os.environ | {"PYTHONPATH": str(Path(fspace.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fspace.cli", *command], cwd=houses.parent, env=environment
+    )
+    part = houses.parent / f".m.{process.pid}"
+    while not part.exists() and process.poll() is None:  # made right before the fit
+        time.sleep(0.01)
+    time.sleep(4)  # the first member is under way, or done
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    model = fspace.load(houses.parent / "m" / "model.fspace")
+    assert model.interrupted_ and not part.exists()
+    frame = read_table(houses)
+    assert len(model.predict(frame[["size", "rooms"]])) == len(frame)
