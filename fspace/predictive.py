@@ -48,7 +48,8 @@ def _normal_cdf(z: Tensor) -> Tensor:
 def _as_tensor(y: Any, device: torch.device) -> Tensor:
     """y (tensor, array, list, series) as a tensor. Raises DataError when it holds no numbers."""
     try:
-        return torch.as_tensor(y if isinstance(y, Tensor) else np.asarray(y), device=device)
+        # a copy, because torch warns of arrays that are not writable, as those of a pandas series are
+        return torch.as_tensor(y if isinstance(y, Tensor) else np.array(y), device=device)
     except TypeError as error:
         raise DataError(f"y holds no numbers, but {type(y).__name__} of another kind ({error}).") from error
 
