@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import gpytorch
 import torch
 from safetensors.torch import load as read_tensors
 from safetensors.torch import save as write_tensors
@@ -32,7 +31,10 @@ SCALING = ("unit", "power", "shift", "scale", "y_shift", "y_scale")
 
 
 def save(model: GPRegressor, path: str | Path) -> Path:
-    """Write a fitted estimator to `path`, in full or not at all. Raises NotFittedError, ModelFileError."""
+    """Write a fitted estimator to `path`, in full or not at all. Raises NotFittedError, ModelFileError.
+
+    The options are written with it, but for a kernel or likelihood object: that one is "auto" in a later `fit`.
+    """
     if not hasattr(model, "posterior_"):
         raise NotFittedError(
             "This GPRegressor instance is not fitted yet: there is nothing to save. Call 'fit' first."
@@ -46,7 +48,7 @@ def save(model: GPRegressor, path: str | Path) -> Path:
         assert isinstance(member, GPPosterior)
         specs.append(_describe(member, f"{i}.", tensors))
     options = {
-        k: v if not isinstance(v, gpytorch.kernels.Kernel) else "auto"
+        k: v if not isinstance(v, torch.nn.Module) else "auto"
         for k, v in model.get_params(deep=False).items()
     }
     header = {

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from gpytorch.kernels import MaternKernel, RBFKernel, ScaleKernel
+from gpytorch.likelihoods import GaussianLikelihood
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -175,3 +176,12 @@ def test_a_save_that_fails_leaves_the_earlier_file(wave, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         model.save(path)
     assert same(model, fspace.load(path), wave[0])
+
+
+def test_a_loaded_model_with_its_own_likelihood_can_be_fitted_again(wave, tmp_path):
+    X, y = wave
+    model = fspace.GPRegressor(kernel="matern", likelihood=GaussianLikelihood()).fit(X[:20], y[:20])
+    loaded = fspace.load(model.save(tmp_path / "m.fspace"))
+    assert same(loaded, model, X)
+    assert loaded.likelihood == "auto"
+    loaded.fit(X[:20], y[:20])
