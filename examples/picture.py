@@ -18,10 +18,10 @@ grid = np.linspace(-5.5, 5.5, 400)[:, None]
 predictive = model.predictive(grid)
 lower, upper = predictive.interval(0.9)
 _, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
-axes.fill_between(grid[:, 0], lower.detach(), upper.detach(), color="#cfe3f5", label="90% of observations")
+axes.fill_between(grid[:, 0], lower, upper, color="#cfe3f5", label="90% of observations")
 for function in model.posterior_.draw(8, seed=0):
-    axes.plot(grid[:, 0], function(grid).detach(), color="#5b9bd5", lw=0.9, alpha=0.7)
-axes.plot(grid[:, 0], predictive.mean.detach(), color="#1f3b5c", lw=2, label="mean")
+    axes.plot(grid[:, 0], function(grid), color="#5b9bd5", lw=0.9, alpha=0.7)
+axes.plot(grid[:, 0], predictive.mean, color="#1f3b5c", lw=2, label="mean")
 axes.plot(x, y, "o", color="#d1495b", ms=4, label="data")
 axes.set(xlabel="x", ylabel="y", xlim=(-5.5, 5.5))
 axes.spines[["top", "right"]].set_visible(False)

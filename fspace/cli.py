@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from typing import Annotated, Any
@@ -51,7 +52,9 @@ def fit(
             help="Most inducing inputs of a sparse posterior; below 1, the variance they may leave unexplained."
         ),
     ] = None,
-    categorical: Annotated[list[str] | None, typer.Option(help="Column to read as a category.")] = None,
+    categorical: Annotated[
+        list[str] | None, typer.Option(help="Column to read as a category; several times for several.")
+    ] = None,
     drop: Annotated[
         list[str] | None, typer.Option(help="Column to leave out, such as an identifier.")
     ] = None,
@@ -123,27 +126,36 @@ def _print_json(results: dict[str, Any]) -> None:
 
 
 def _print_results(results: dict[str, Any]) -> None:
-    """The metrics table, and last the one line that says what to open."""
+    """The metrics table, the kernel that was chosen, and last the one line that says what to open."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
+    from fspace.runs import describe_choice
     from fspace.scores import SCORES, shown
 
     console = Console()
-    rows = results["rows"]
+    rows, targets = results["rows"], results["targets"]
     if rows["test"]:
         table = Table(title=f"{rows['test']:,} rows held out, {rows['train']:,} fitted", title_justify="left")
-        table.add_column("")
-        for name in results["targets"]:
-            table.add_column(name if len(results["targets"]) > 1 else "this model", justify="right")
+        table.add_column("", no_wrap=True)
+        pairs = [(name, results["metrics"][name], results["baseline"][name]) for name in targets]
+        if len(targets) == 1:
+            table.add_column("this model", justify="right")
             table.add_column("mean only", justify="right", style="dim")
-        for key, name, _ in SCORES:
-            cells = []
-            for target in results["targets"]:
-                cells.append(shown(key, results["metrics"][target][key]))
-                cells.append(shown(key, results["baseline"][target][key]))
-            table.add_row(name, *cells)
+            for key, words, _ in SCORES:
+                table.add_row(words, *(shown(key, scores[key]) for scores in pairs[0][1:]))
+        else:  # one target below another, so that the table is no wider for many
+            table.box, table.pad_edge, table.collapse_padding = SIMPLE_HEAD, False, True
+            for _, words, _ in SCORES:
+                table.add_column(words, justify="right", min_width=max(map(len, words.split())))
+            for name, ours, base in pairs:
+                table.add_row(Text(name), *(shown(key, ours[key]) for key, _, _ in SCORES))
+                table.add_row("  mean only", *(shown(key, base[key]) for key, _, _ in SCORES), style="dim")
         console.print(table)
+    kernel = f"Kernel: {describe_choice(results['weights'])}"
+    console.print(kernel, highlight=False, soft_wrap=True, markup=False)
     line = f"Saved model, metrics and predictions; open {results['files']['report']}"
     console.print(line, highlight=False, soft_wrap=True, markup=False)
 
@@ -160,6 +172,12 @@ def _show_warning(message: Warning | str, *_: Any) -> None:
 def main() -> None:
     """The console script: a FspaceError becomes one red line on stderr and exit status 2."""
     warnings.showwarning = _show_warning  # type: ignore[assignment]
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # where there is no R² (ASCII only), results must still be printed
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app()
     except Exception as error:

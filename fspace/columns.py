@@ -57,9 +57,34 @@ def column_to_float(column: pd.Series, name: str, first_row: int = 0) -> Float[n
         raise DataError(f"Column {name!r} is not numeric: {error}.") from error
 
 
+def is_text(column: pd.Series) -> bool:
+    """Whether most cells hold text that is no number, and the column has no category type."""
+    dtype: Any = column.dtype
+    if is_category(column) or (isinstance(dtype, np.dtype) and dtype.kind != "O"):
+        return False
+    values = column.to_numpy(dtype=object)
+    text = any(isinstance(value, str | bytes) for value in values)
+    return text and bool(2 * _numbers_in(values).sum() < len(values))
+
+
+def refuse_text(names: Sequence[str]) -> None:
+    """Raises DataError that tells of all text columns at once, so that nobody meets them one by one."""
+    if len(names) > 1:
+        options = " ".join(f"--categorical {name}" for name in names)
+        raise DataError(
+            f"Columns {', '.join(map(repr, names))} hold text and have no category type. If they are categories, say "
+            f"so: categories={list(names)!r}, or in the terminal {options}. Otherwise remove them."
+        )
+
+
+def _numbers_in(values: NDArray) -> NDArray[np.bool_]:
+    """Which cells are numbers, maybe written as text."""
+    return pd.to_numeric(pd.Series(values).map(str), errors="coerce").notna().to_numpy()
+
+
 def _text_message(name: str, values: NDArray, first: int, first_row: int) -> str:
     """Three cases: a few bad cells among numbers, numbers written as text, and real text."""
-    parsed = pd.to_numeric(pd.Series(values).map(str), errors="coerce").notna().to_numpy()
+    parsed = _numbers_in(values)
     bad = np.flatnonzero(~parsed & ~np.asarray(pd.isna(values), dtype=bool))
     if not len(bad):
         return (

@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 from .columns import (
     column_to_float,
     is_category,
+    is_text,
     learn_category,
     level_names,
     median_fill,
     one_hot,
+    refuse_text,
     require_finite,
     suggest,
 )
@@ -221,6 +223,9 @@ class TableEncoder:
 
     def _learn_columns(self, table: pd.DataFrame | NDArray, opted_in: set[int]) -> None:
         impute = self.missing == "impute"
+        if isinstance(table, pd.DataFrame):
+            others = [i for i in range(table.shape[1]) if i not in opted_in]
+            refuse_text([self.feature_names[i] for i in others if is_text(table.iloc[:, i])])
         self._columns = []
         for i, name in enumerate(self.feature_names):
             if isinstance(table, pd.DataFrame) and (i in opted_in or is_category(table.iloc[:, i])):

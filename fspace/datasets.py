@@ -72,10 +72,8 @@ def write_table(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
         raise OptionError(f"{str(file)!r}: write to a name that ends in .csv or .parquet.")
     file.parent.mkdir(parents=True, exist_ok=True)
     if kind == "parquet":
-        try:
-            table.to_parquet(file, index=False)
-        except ImportError as error:
-            raise DataError("Parquet needs the package pyarrow: pip install pyarrow.") from error
+        pyarrow()
+        table.to_parquet(file, index=False)
     else:
         table.to_csv(file, index=False, sep="\t" if ".tsv" in file.name else ",")
 
@@ -86,11 +84,20 @@ def _kind(name: str) -> str | None:
     return "csv" if name.lower().endswith(CSV_ENDINGS) else None
 
 
-def _read_parquet(file: Path) -> pd.DataFrame:
+def pyarrow() -> Any:
+    """The package pyarrow with its parquet module. Raises DataError where it is not installed."""
     try:
-        return pd.read_parquet(file)
+        import pyarrow
+        import pyarrow.parquet
     except ImportError as error:
         raise DataError("Parquet needs the package pyarrow: pip install pyarrow.") from error
+    return pyarrow
+
+
+def _read_parquet(file: Path) -> pd.DataFrame:
+    pyarrow()
+    try:
+        return pd.read_parquet(file)
     except (OSError, ValueError) as error:  # pyarrow's errors derive from these two
         raise DataError(f"{str(file)!r} is not a whole Parquet file (cut off or damaged): {error}") from error
 

@@ -63,8 +63,9 @@ class GPRegressor(RegressorMixin, BaseEstimator):
     seed: the same seed gives the same fit on the same machine.
     progress: "auto" (a bar on a terminal, where the fit takes more than two seconds) or False.
 
-    After fit: posterior_, log_evidence_ (nats, standardised y, of the first member), history_ (dicts with "step",
-    "stage", "loss", "heldout"), choice_, relevance_ (share of each encoded column or channel), target_names_,
+    After fit: posterior_, log_evidence_ (nats, standardised y, of the heaviest member), history_ (dicts with "step",
+    "stage", "loss", "heldout"), choice_ ("scores" of the kernels tried, the one "chosen", and the "weights" with which
+    they predict together), relevance_ (share of each encoded column or channel), target_names_,
     interrupted_ (Ctrl-C ended the fit early: the best state so far is kept, and a warning says which).
     """
 

@@ -71,23 +71,19 @@ def predicted_vs_observed(
         for bound, label in ((low, f"{level:.0%} interval (mean in bins)"), (high, None)):
             ax.plot(middle, bound, color=INK, lw=1.2, zorder=6, label=label)
     ax.plot([mean.min(), mean.max()], [mean.min(), mean.max()], color=INK, lw=1, ls=(0, (4, 3)), zorder=3)
-    ax.scatter(
-        mean[inside], observed[inside], s=size, color=BLUE, alpha=alpha, lw=0, zorder=4, label="inside"
-    )
-    ax.scatter(
-        mean[~inside],
-        observed[~inside],
-        s=size,
-        color=ORANGE,
-        alpha=min(1.0, 1.5 * alpha),
-        lw=0,
-        zorder=5,
-        label="outside",
-    )
+    for these, colour, opacity, label in (
+        (inside, BLUE, alpha, "inside"),
+        (~inside, ORANGE, min(1.0, 1.5 * alpha), "outside"),
+    ):
+        if these.any():
+            ax.scatter(
+                mean[these], observed[these], s=size, color=colour, alpha=opacity, lw=0, zorder=5, label=label
+            )
     rasterise(ax, len(mean))
     title = f"{inside.mean():.1%} of {len(mean):,} observations lie in their {level:.0%} interval"
     finish(ax, title, f"predicted {name}", f"observed {name}")
-    legend(ax, loc="upper left")
+    _headroom(ax, 0.1)
+    legend(ax, loc="upper left", ncols=3)
     return ax
 
 
@@ -156,6 +152,7 @@ def residuals_vs_std(y: Any, predictive: Any, *, output: int = 0, ax: Axes | Non
     half = 1.96 * spread / np.sqrt(2 * len(error) / len(middle))
     ax.errorbar(middle, spread, half, color=BLUE, lw=1.6, marker="o", ms=5, label="RMS error in bins (95%)")
     ax.set_ylim(0, max(float(np.quantile(error, 0.995)), 2.1 * edge[1]) * 1.03)
+    _headroom(ax, 0.22)
     outside = int((error > ax.get_ylim()[1]).sum())
     rasterise(ax, len(error))
     if outside:
@@ -177,9 +174,11 @@ def training_curve(history: Sequence[dict[str, Any]], *, ax: Axes | None = None)
     ax = new_axes(ax)
     curves = curves_of(history)
     own = len(curves) > 1 and not share_an_axis([values for _, _, values, _, _ in curves])
+    frames = [frame_of(values) for _, _, values, _, _ in curves]
     for label, steps, values, colour, dashed in curves:
-        low, high = frame_of(values)
-        shown = np.clip((values - low) / (high - low), None, 1.0) if own else values
+        low, high = frame_of(values) if own else (0.0, 1.0)
+        top = 1.0 if own else max(frame[1] for frame in frames)
+        shown = np.minimum((values - low) / (high - low), top)  # a spike ends below the legend
         style: Any = (0, (4, 2)) if dashed else "-"
         end = f"{label}: {short(values[0])} to {short(values[-1])}"
         ax.plot(
@@ -191,7 +190,6 @@ def training_curve(history: Sequence[dict[str, Any]], *, ax: Axes | None = None)
     if own:
         ax.set_yticks([])
     elif curves:
-        frames = [frame_of(values) for _, _, values, _, _ in curves]
         low, high = min(f[0] for f in frames), max(f[1] for f in frames)
         ax.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
     else:
@@ -205,9 +203,7 @@ def training_curve(history: Sequence[dict[str, Any]], *, ax: Axes | None = None)
     return ax
 
 
-def relevance(
-    names: Sequence[str], values: Any, *, most: int = 15, output: int | None = None, ax: Axes | None = None
-) -> Axes:
+def relevance(names: Sequence[str], values: Any, *, most: int = 15, ax: Axes | None = None) -> Axes:
     """Bars of the inputs' relevance, largest first; beyond `most` inputs the rest are one bar.
 
     names: d names; values `[d]`, shares of one. Raises DataError if their numbers differ.

@@ -56,7 +56,7 @@ def normalised_weights(weights: Any, count: int) -> Float[Tensor, " k"]:
 def as_tensor(y: Any, device: torch.device | None, name: str = "y") -> Tensor:
     """y (tensor, array, list, series, frame) as a tensor. Raises DataError, with its name, when it holds no numbers."""
     try:
-        return torch.as_tensor(y if isinstance(y, Tensor) else np.asarray(y), device=device)
+        return torch.as_tensor(y if isinstance(y, Tensor) else np.array(y), device=device)
     except (TypeError, ValueError) as error:
         raise DataError(
             f"{name} holds no numbers, but {type(y).__name__} of another kind ({error})."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 MOST_INPUTS = 3  # function draws along so many of the most relevant inputs
 MOST_OUTPUTS = 4  # of a multi-output model, so many are drawn
+WIDE, NARROW = (6.4, 4.6), (5.2, 4.0)  # inches: where two, and where three figures are in a row
 MOST_ROWS = 2_000  # rows from which the typical row and the ranges of the inputs are taken
 
 CAPTIONS = {
@@ -102,7 +104,7 @@ def report_html(
         else:
             parts.append("<h2>How good are the predictions?</h2>" + table)
             for k, target in enumerate(targets[:MOST_OUTPUTS]):
-                figures = _diagnostics(y, predictive, k, target)
+                figures = _diagnostics(y, predictive, k, target, NARROW)
                 parts.append(f"<h2>{escape(target)}</h2>" + _grid(figures, "trio"))
         if len(targets) > MOST_OUTPUTS:
             parts.append(f"<p class='note'>The first {MOST_OUTPUTS} of {len(targets)} outputs are drawn.</p>")
@@ -117,7 +119,8 @@ def report_html(
     if history:
         parts.append(_grid([_figure("training", plots.training_curve, history)]))
     parts.append(_facts_table(model, facts))
-    return PAGE.format(title=escape(title), style=STYLE, body="\n".join(part for part in parts if part))
+    body = _captions_once("\n".join(part for part in parts if part))
+    return PAGE.format(title=escape(title), style=STYLE, body=body)
 
 
 # ---- parts of the page -----------------------------------------------------------------------------
@@ -166,11 +169,15 @@ def _score_table(
     return f"<div class='wide'><table><tr><th></th>{head}</tr>{''.join(rows)}</table></div>{note}"
 
 
-def _diagnostics(y: Any, predictive: Any, output: int, target: str) -> list[str]:
+def _diagnostics(
+    y: Any, predictive: Any, output: int, target: str, size: tuple[float, float] = WIDE
+) -> list[str]:
     return [
-        _figure("observed", plots.predicted_vs_observed, y, predictive, output=output, name=target),
-        _figure("calibration", plots.calibration, y, predictive, output=output),
-        _figure("residuals", plots.residuals_vs_std, y, predictive, output=output),
+        _figure(
+            "observed", plots.predicted_vs_observed, y, predictive, output=output, name=target, size=size
+        ),
+        _figure("calibration", plots.calibration, y, predictive, output=output, size=size),
+        _figure("residuals", plots.residuals_vs_std, y, predictive, output=output, size=size),
     ]
 
 
@@ -185,8 +192,9 @@ def _learnt(model: Any, X: Any, targets: Sequence[str]) -> str:
     figures = [_figure("relevance", plots.relevance, names, share)] if len(names) > 1 else []
     rows = _some_rows(X)
     order = [int(i) for i in np.argsort(-share, kind="stable")[:MOST_INPUTS]]
+    size = WIDE if len(targets) == 1 else NARROW
     draws = [
-        [_figure("draws", plots.draws_along, model, rows, i, output=k, name=target) for i in order]
+        [_figure("draws", plots.draws_along, model, rows, i, output=k, name=target, size=size) for i in order]
         for k, target in enumerate(targets[:MOST_OUTPUTS])
     ]
     if len(targets) == 1:
@@ -203,37 +211,25 @@ def input_relevance(encoder: Any, values: np.ndarray) -> np.ndarray:
     return share
 
 
-def _choice_table(choice: Any) -> str:
-    """What kernel="auto" compared, best first, with bars for the differences."""
-    scores, chosen = choice_scores(choice)
-    if len(scores) < 2:
+def _choice_table(choice: Mapping[str, Any] | None) -> str:
+    """What kernel="auto" compared, best first, with bars for the differences; and who predicts."""
+    if choice is None or len(choice["scores"]) < 2:
         return ""
+    scores, weights = choice["scores"], choice["weights"]
     best, worst = max(scores.values()), min(scores.values())
     rows = []
     for name, score in sorted(scores.items(), key=lambda item: -item[1]):
         width = 100.0 if best == worst else 8 + 92 * (score - worst) / (best - worst)
-        mark = " class='chosen'" if name == chosen else ""
+        mark = " class='chosen'" if name in weights else ""
         rows.append(
-            f"<tr{mark}><th>{escape(name)}{' (chosen)' if name == chosen else ''}</th><td>{score:.5g}</td>"
+            f"<tr{mark}><th>{escape(name)}</th><td>{score:.5g}</td><td>{weights.get(name, 0):.0%}</td>"
             f"<td class='bar'><span style='width:{width:.0f}%'></span></td></tr>"
         )
-    unit = escape(str(choice.get("unit", "mean log predictive density")))
     return (
-        f"<p>The kernel was chosen from the training data alone. Its score is the {unit}; more is better.</p>"
-        "<div class='wide'><table><tr><th>kernel</th><th>score</th><th></th></tr>"
+        "<p>The kernel was chosen from the training data alone. Its score is the "
+        f"{escape(choice['unit'])}; more is better. Kernels with a weight predict together, as a mixture.</p>"
+        "<div class='wide'><table><tr><th>kernel</th><th>score</th><th>weight</th><th></th></tr>"
         f"{''.join(rows)}</table></div>"
-    )
-
-
-def choice_scores(choice: Any) -> tuple[dict[str, float], str | None]:
-    """(name to score, name chosen) of an estimator's `choice_`; empty where nothing was compared."""
-    if not isinstance(choice, Mapping):
-        return {}, None
-    table = choice.get("scores", choice)
-    scores = {str(name): float(score) for name, score in table.items() if isinstance(score, int | float)}
-    chosen = choice.get("chosen")
-    return scores, str(chosen) if chosen is not None else max(
-        scores, key=lambda name: scores[name], default=None
     )
 
 
@@ -268,11 +264,13 @@ def _some_rows(X: Any) -> Any:
 # ---- figures ---------------------------------------------------------------------------------------
 
 
-def _figure(caption: str, draw: Callable[..., Axes], *args: Any, **options: Any) -> str:
+def _figure(
+    caption: str, draw: Callable[..., Axes], *args: Any, size: tuple[float, float] = WIDE, **options: Any
+) -> str:
     """One picture inside the page, sharp on dense screens, with its reading aid."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     ax = draw(*args, ax=figure.add_subplot(), **options)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
@@ -283,14 +281,19 @@ def _figure(caption: str, draw: Callable[..., Axes], *args: Any, **options: Any)
 
 
 def _grid(figures: Sequence[str], kind: str = "grid") -> str:
-    """Figures in rows; a caption that one before it had is left out."""
+    return f"<div class='{kind}'>{''.join(figures)}</div>"
+
+
+def _captions_once(body: str) -> str:
+    """The page without the captions that it already has further up."""
     seen: set[str] = set()
-    kept = []
-    for figure in figures:
-        picture, mark, caption = figure.partition("<figcaption>")
-        kept.append(picture + "</figure>" if mark and caption in seen else figure)
-        seen.add(caption)
-    return f"<div class='{kind}'>{''.join(kept)}</div>"
+
+    def first(caption: re.Match[str]) -> str:
+        again = caption[0] in seen
+        seen.add(caption[0])
+        return "" if again else caption[0]
+
+    return re.sub(r"<figcaption>.*?</figcaption>", first, body)
 
 
 PAGE = """<!doctype html>

@@ -25,7 +25,7 @@ from fspace.errors import DataError, ModelFileError, OptionError
 from fspace.estimators import GPRegressor
 from fspace.predictive_base import check_seed
 from fspace.progress import progress
-from fspace.report import choice_scores, write_report
+from fspace.report import write_report
 from fspace.scores import baseline_scores, regression_scores
 from fspace.streams import PartWriter, read_parts
 
@@ -119,7 +119,6 @@ def _write(
     """Measure the fitted model and write its files, the model first."""
     model.save(part / MODEL)
     names = [str(name) for name in target.columns]
-    scores, chosen = choice_scores(getattr(model, "choice_", None))
     results: dict[str, Any] = {
         "data": source,
         "task": run.task,
@@ -127,8 +126,9 @@ def _write(
         "rows": {"train": len(train), "test": len(test)},
         "metrics": {},
         "baseline": {},
-        "kernel": chosen,
-        "choice": scores,
+        "kernel": model.choice_["chosen"],
+        "choice": model.choice_["scores"],
+        "weights": model.choice_["weights"],
         "log_evidence": float(model.log_evidence_),
         "seconds": round(seconds, 3),
         "interrupted": model.interrupted_,
@@ -156,7 +156,11 @@ def _write(
         X_train=inputs.iloc[train],
         y_train=y[train],
         targets=names,
-        facts={"data": source, "kernel chosen": chosen, "seconds to fit": f"{seconds:.1f}"},
+        facts={
+            "data": source,
+            "predicts with": describe_choice(model.choice_["weights"]),
+            "seconds to fit": f"{seconds:.1f}",
+        },
     )
     return results
 
@@ -228,6 +232,12 @@ def load_model(path: str) -> Any:
     return load(file)
 
 
+def describe_choice(weights: dict[str, float]) -> str:
+    """The kernels that predict, the heaviest first, with their shares where there are several."""
+    ordered = sorted(weights.items(), key=lambda item: -item[1])
+    return "; ".join(name if len(ordered) == 1 else f"{name} ({weight:.0%})" for name, weight in ordered)
+
+
 def to_json(results: dict[str, Any]) -> str:
     """Indented JSON; what is not a finite number becomes null."""
 
@@ -260,7 +270,15 @@ def _load(run: FitRun) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     for option, columns in (("--drop", run.drop), ("--categorical", run.categorical)):
         for column in columns:
             if column not in names:
-                raise DataError(f"{option} {column}: the table has no such column.{suggest(column, names)}")
+                several = column.split(",")
+                cure = (
+                    " Give the option once for each: "
+                    + " ".join(f"{option} {name}" for name in several)
+                    + "."
+                    if len(several) > 1 and set(several) <= set(names)
+                    else suggest(column, names)
+                )
+                raise DataError(f"{option} {column}: the table has no such column.{cure}")
             if column in targets:
                 raise OptionError(f"{option} {column}: that column is the target.")
     table = table.drop(columns=[name for name in run.drop if name not in targets])

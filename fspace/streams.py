@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from .datasets import CSV_ENDINGS, PARQUET_ENDINGS, _require_whole_last_row, read_table
+from .datasets import CSV_ENDINGS, PARQUET_ENDINGS, _require_whole_last_row, pyarrow, read_table
 from .errors import DataError
 
 
@@ -39,13 +39,11 @@ def read_parts(path: str | os.PathLike[str], rows: int, text: Sequence[str] = ()
 
 
 def _parquet(file: Path, rows: int) -> Iterator[pd.DataFrame]:
-    import pyarrow
-    import pyarrow.parquet
-
+    arrow = pyarrow()
     try:
-        with pyarrow.parquet.ParquetFile(file) as source:
+        with arrow.parquet.ParquetFile(file) as source:
             for batch in source.iter_batches(rows):
-                yield pyarrow.Table.from_batches([batch]).to_pandas()
+                yield arrow.Table.from_batches([batch]).to_pandas()
     except (OSError, ValueError) as error:  # pyarrow's errors derive from these two
         raise DataError(f"{str(file)!r} is not a whole Parquet file (cut off or damaged): {error}") from error
 
@@ -94,12 +92,10 @@ class PartWriter:
             mode: Any = "a" if self._begun else "w"
             part.to_csv(self.file, index=False, sep=separator, mode=mode, header=not self._begun)
         else:
-            import pyarrow
-            import pyarrow.parquet
-
-            table = pyarrow.Table.from_pandas(part, preserve_index=False)
+            arrow = pyarrow()
+            table = arrow.Table.from_pandas(part, preserve_index=False)
             if self._parquet is None:
-                self._parquet = pyarrow.parquet.ParquetWriter(self.file, table.schema)
+                self._parquet = arrow.parquet.ParquetWriter(self.file, table.schema)
             self._parquet.write_table(table)
         self._begun = True
 

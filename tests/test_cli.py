@@ -85,6 +85,7 @@ def test_fit_writes_everything_and_says_what_to_open(full_run, houses):
 
     # the metrics are those of the predictions in the file, and these are of rows of the table
     metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["weights"] == {"matern": 1.0} and "Kernel: matern\n" in out
     predictions = read_table(folder / "predictions.csv")
     held, scores = table().iloc[predictions["row"]], metrics["metrics"]["price"]
     assert len(predictions) == metrics["rows"]["test"] == 8 and metrics["rows"]["train"] == 32
@@ -124,7 +125,8 @@ def test_several_targets_and_parquet(full_run, tmp_path):
     pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
     write_table(table().astype({"city": "category"}), tmp_path / "houses.parquet")
     status, out, _ = run("fit", "houses.parquet", "--target", "price", "--target", "rent", *QUICK)
-    assert status == 0 and "rent" in out
+    assert status == 0 and "rent" in out and out.count("mean only") == 2
+    assert "log-likelihood" in out and "…" not in out  # 80 columns are enough
     predictions = read_table("fspace-out/predictions.csv")
     assert list(predictions) == ["row", "observed_price", "observed_rent"] + [
         f"{kind}_{name}" for name in ("price", "rent") for kind in ("mean", "std", "lower_90", "upper_90")
@@ -132,6 +134,27 @@ def test_several_targets_and_parquet(full_run, tmp_path):
     assert abs(predictions["observed_rent"] - predictions["mean_rent"]).mean() < 1
     assert run("predict", "fspace-out", "houses.parquet", "--out", "p.parquet")[0] == 0
     assert len(read_table("p.parquet").columns) == 8
+
+
+def test_kernels_that_predict_together_are_all_named():
+    assert runs.describe_choice({"rbf": 0.25, "matern": 0.75}) == "matern (75%); rbf (25%)"
+    assert runs.describe_choice({"rbf": 1.0}) == "rbf"
+
+
+def test_results_are_printed_where_only_ascii_can_be(houses):
+    command = [sys.executable, "-m", "fspace.cli", *FIT]
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(fspace.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, env=env, cwd=houses.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode("ascii").rstrip().endswith("report.html")
+
+
+def test_parquet_without_pyarrow_is_refused(run, houses, tmp_path, monkeypatch):
+    assert run(*FIT, "--out", "fitted")[0] == 0
+    write_table(table(), tmp_path / "houses.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    refused(run("fit", "houses.parquet", "--target", "price"), "pip install pyarrow")
+    refused(run("predict", "fitted", "houses.parquet", "--out", "p.csv"), "pip install pyarrow")
 
 
 def test_fit_on_all_rows_measures_nothing(run, houses):
@@ -207,6 +230,7 @@ def test_a_report_that_fails_does_not_take_the_model_with_it(run, houses, monkey
         (["fit", "houses.csv", "--target", "price"], ["'city' holds text", "--categorical city"]),
         (["fit", "houses.csv", "--target", "city"], ["target 'city' holds text"]),
         ([*FIT, "--categorical", "town"], ["--categorical town", "no such column"]),
+        ([*FIT, "--categorical", "size,new"], ["--categorical size --categorical new"]),
         ([*FIT, "--drop", "tow"], ["--drop tow"]),
         ([*FIT, "--drop", "price"], ["is the target"]),
         ([*FIT, "--kernel", "cubic"], ["'cubic'", "matern"]),

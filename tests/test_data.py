@@ -479,3 +479,13 @@ def test_split_target_names_the_nearest():
         split_target(FRAME, ["zzz"])
     with pytest.raises(DataError, match="Nothing is left"):
         split_target(FRAME[["age"]], ["age"])
+
+
+def test_all_text_columns_are_named_at_once():
+    """Not one after the other; columns with numbers in them are another matter, and told of on their own."""
+    frame = pd.DataFrame({"a": ["x", "y"], "n": [1.0, 2.0], "b": ["u", None], "c": ["1", "2"]})
+    with pytest.raises(DataError, match=r"Columns 'a', 'b' hold text.*--categorical a --categorical b\."):
+        TableEncoder().fit(frame)
+    with pytest.raises(DataError, match="'c' holds numbers written as text"):
+        TableEncoder(categories=["a"], missing="impute").fit(frame.drop(columns="b"))
+    TableEncoder(categories=["a", "b"], missing="impute").fit(frame.drop(columns="c"))

@@ -20,7 +20,7 @@ from fspace.data import TableEncoder
 from fspace.errors import DataError, OptionError
 from fspace.posterior import FunctionDraws, FunctionPosterior
 from fspace.predictive import Gaussian
-from fspace.report import input_relevance, report_html, write_report
+from fspace.report import CAPTIONS, input_relevance, report_html, write_report
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,8 @@ def test_predicted_vs_observed_marks_what_lies_outside(n):
     out = (torch.tensor(y) < lower) | (torch.tensor(y) > upper)
     drawn = {c.get_label(): np.asarray(c.get_offsets()) for c in ax.collections}
     expected = np.column_stack([predictive.mean[out], y[out.numpy()]])
-    np.testing.assert_allclose(drawn["outside"], expected)
+    np.testing.assert_allclose(drawn.get("outside", np.empty((0, 2))), expected)
+    assert ("outside" in drawn) == bool(out.any())  # no key to what is not drawn
     assert len(drawn["inside"]) == n - int(out.sum())
     assert ax.get_title(loc="left").startswith(f"{1 - out.double().mean():.1%} of {n:,}")
 
@@ -255,6 +256,7 @@ def estimator(frame, weights):
         choice_={
             "scores": {"deep": -1.5, "matern <b>": -1.25},
             "chosen": "matern <b>",
+            "weights": {"matern <b>": 1.0},
             "unit": "density a row",
         },
         history_=[{"stage": "fit", "step": i, "loss": 1 / (i + 1)} for i in range(9)],
@@ -351,7 +353,7 @@ def test_the_page_is_whole_and_fetches_nothing():
     assert len(page.links) == 3 + 1 + 3 + 1  # diagnostics, relevance, draws, training
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
     assert not re.search(r"https?://|<script|@import|url\(", text)
-    assert "price <&>" in page.text and "a<script>b" in page.text and "matern <b> (chosen)" in page.text
+    assert "price <&>" in page.text and "a<script>b" in page.text and "matern <b>" in page.text
     for words in (
         "RMSE",
         "90% interval coverage",
@@ -367,6 +369,8 @@ def test_the_page_about_several_outputs():
     model = estimator(FRAME, np.arange(12.0).reshape(6, 2))
     page = Page(sections(model, targets=["a", "b"]))
     assert len(page.links) == 2 * 3 + 1 + 2 * 3 + 1
+    for caption in CAPTIONS.values():
+        assert page.text.count(caption) == 1  # told once, not again for every output
 
 
 def test_the_page_without_rows_held_out_says_so(tmp_path):

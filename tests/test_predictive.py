@@ -2,6 +2,7 @@
 wrong estimators that the same check must reject."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -412,6 +413,10 @@ def test_y_may_be_an_array_or_a_list_of_its_shape_only(form):
     y = predictive.mean + 0.1
     assert torch.equal(predictive.cdf(y), predictive.cdf(y.numpy()))
     assert torch.allclose(predictive.cdf(y), predictive.cdf(y.tolist()))
+    locked = y.numpy().copy()
+    locked.flags.writeable = False  # as the values of a pandas series are
+    with warnings.catch_warnings(action="error"):
+        assert torch.equal(predictive.cdf(locked), predictive.cdf(y))
     with pytest.raises(DataError, match=r"y has shape \(4,\).*shape \(3"):
         predictive.cdf(torch.zeros(4))
     with pytest.raises(DataError, match="no numbers"):

@@ -16,11 +16,9 @@ from sklearn.preprocessing import PowerTransformer, StandardScaler
 from torch import Tensor
 
 from fspace.errors import NumericalError
-from fspace.inference.collapsed import fit_collapsed
 from fspace.inference.exact import leave_one_out
 from fspace.inference.finish import (
     Finished,
-    choose_inducing,
     finish_exact,
     finish_sparse,
     log_density,
@@ -28,6 +26,7 @@ from fspace.inference.finish import (
 )
 from fspace.inference.gp import GPPosterior, Scaling, yeo_johnson
 from fspace.inference.network import INDUCING, fit_network
+from fspace.inference.numerics import seeded
 from fspace.inference.optimise import Record, fit_exact, gaussian_likelihood
 from fspace.inference.sites import fit_sites
 from fspace.kernels.deep import DeepKernel, embed, embedded_kernel
@@ -37,8 +36,7 @@ from fspace.kernels.neural import NeuralKernel
 
 EXACT_ROWS = 2000  # up to here the exact posterior, above it the collapsed one ("auto")
 SUBSET = 1000  # rows on which a plain kernel's parameters are learned at first
-BOUND_ROWS, BOUND_INDUCING = 20_000, 256  # and at most by the collapsed bound
-STEPS, REFINEMENTS = 60, 15  # of L-BFGS, on a few rows and then on all
+STEPS, REFINEMENTS = 60, 15  # of L-BFGS, on these and then on all
 FEATURES = 8
 FEWEST_FOR_DEEP = 60
 FEWEST_FOR_VARYING = 50
@@ -183,19 +181,15 @@ def fit_plain(plan: Plan, kernel: Kernel, scaling: dict[str, np.ndarray], name: 
 
 
 def _learn_plain(plan: Plan, kernel: Kernel, likelihood: GaussianLikelihood, x: Tensor, name: str) -> bool:
-    """Parameters by evidence: of a few rows first, which is quick, then from there of all rows that may be seen: the
-    exact evidence, or the collapsed bound. Returns False after Ctrl-C."""
+    """Parameters by the exact evidence: of a few rows first, which is quick, then from there of all where the posterior
+    is exact. A sparse one is served better by the few: the collapsed bound of all rows, with as many inducing inputs
+    as it has time for, ends in longer lengthscales and more noise. Returns False after Ctrl-C."""
     rest = _shuffled(plan, torch.arange(len(x), device=x.device) if plan.exact else _rest(plan))
     rows = rest[:SUBSET]
     done = fit_exact(kernel, likelihood, embed(kernel, x[rows]), plan.y[rows], STEPS, plan.record, name)
-    if not done or len(rest) <= SUBSET:
+    if not (done and plan.exact) or len(rest) <= SUBSET:
         return done
-    rows = rest if plan.exact else rest[:BOUND_ROWS]
-    z, y = embed(kernel, x[rows]), plan.y[rows]
-    if plan.exact:
-        return fit_exact(kernel, likelihood, z, y, REFINEMENTS, plan.record, name)
-    inducing = choose_inducing(kernel, x[rows], min(plan.inducing, BOUND_INDUCING), plan.tolerance)
-    return fit_collapsed(kernel, likelihood, inducing, z, y, REFINEMENTS, plan.record, name)
+    return fit_exact(kernel, likelihood, embed(kernel, x), plan.y, REFINEMENTS, plan.record, name)
 
 
 def _learn_by_sites(plan: Plan, kernel: Kernel, likelihood: GaussianLikelihood, x: Tensor, seed: int) -> None:
@@ -236,8 +230,7 @@ def fit_deep(
     x, full = _scaled(plan, scaling)
     seed = plan.seed + 7919 * member
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         activation = "silu" if member % 2 == 0 else "relu"
         kernel = deep_kernel(x.shape[1], activation, plan.dtype) if kernel is None else copy.deepcopy(kernel)
     kernel, likelihood = kernel.to(x.device), plan.start_likelihood()

@@ -14,13 +14,11 @@ from dataclasses import dataclass
 
 import torch
 from gpytorch.kernels import Kernel
-from gpytorch.likelihoods import GaussianLikelihood
 from jaxtyping import Float
 from torch import Tensor
 
 from fspace.inference.basis import FIRST_JITTER, Basis, Site
 from fspace.inference.numerics import cholesky, solve_lower
-from fspace.inference.optimise import Record, lbfgs, lengthscale_penalty, trainable
 from fspace.kernels.deep import embed, embedded_kernel
 from fspace.kernels.evaluate import covariance, diagonal
 
@@ -115,9 +113,8 @@ def backward_bound(
     x: Tensor,
     y: Float[Tensor, "n t"],
     chunk: int = CHUNK,
-    weight: float = 1.0,
 ) -> float:
-    """Value of the bound over all rows; `weight` times its exact gradients are added to `.grad` of all parameters.
+    """Value of the bound over all rows; its exact gradients are added to `.grad` of all parameters involved.
 
     Two passes: one gathers the statistics without a graph, one sends the gradient with respect to them through each
     block, so that memory stays O(m^2 + m chunk) whatever the number of rows.
@@ -127,7 +124,7 @@ def backward_bound(
     kuu = covariance(embedded_kernel(kernel), inducing_inputs)
     value = bound_from(Statistics(leaves[0], leaves[1], fixed.squares, leaves[2], fixed.count), kuu, noise)
     inputs_need_it = inducing_inputs.requires_grad and not inducing_inputs.is_leaf
-    (weight * value).backward(retain_graph=inputs_need_it)
+    value.backward(retain_graph=inputs_need_it)
     outer, cross, trace = (leaf.grad for leaf in leaves)
     for xc, yc in chunks(x, y, chunk):
         block = statistics(kernel, inducing_inputs, xc, yc)
@@ -135,39 +132,6 @@ def backward_bound(
         share = (outer * block.outer).sum() + (cross * block.cross).sum() + trace * block.trace
         share.backward(retain_graph=inputs_need_it)
     return value.item()
-
-
-def fit_collapsed(
-    kernel: Kernel,
-    likelihood: GaussianLikelihood,
-    inducing_inputs: Float[Tensor, "m p"],
-    z: Float[Tensor, "n p"],
-    y: Float[Tensor, "n t"],
-    steps: int,
-    record: Record,
-    stage: str,
-) -> bool:
-    """Kernel and noise by L-BFGS on the collapsed bound of embedded rows z, its gradients exact, in two passes.
-
-    Returns False after Ctrl-C, with the best parameters so far.
-    """
-    inner = embedded_kernel(kernel)
-    parameters = trainable(inner, likelihood)
-    if not parameters:
-        return True
-
-    def loss() -> float:
-        noise, weight = likelihood.noise[..., 0], -1.0 / y.numel()
-        value = weight * backward_bound(inner, inducing_inputs, noise, z, y, weight=weight)
-        penalty = lengthscale_penalty(inner) / y.numel()
-        if penalty.requires_grad:
-            penalty.backward()
-        return value + penalty.item()
-
-    done = lbfgs(loss, parameters, steps, lambda value: record(stage=stage, loss=value))
-    if not done:
-        record(stage=stage, interrupted=True)
-    return done
 
 
 def gather_whitened(basis: Basis, x: Tensor, y: Float[Tensor, "n t"], chunk: int = CHUNK) -> Statistics:

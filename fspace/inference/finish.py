@@ -107,7 +107,7 @@ def finish_sparse(
     rest = torch.ones(len(y), dtype=torch.bool, device=y.device)
     rest[held_out] = False
     x_rest, y_rest, x_held, y_held = x[rest], y[rest], x[held_out], y[held_out]
-    basis = Basis(kernel, choose_inducing(kernel, x, most, tolerance), likelihood)
+    basis = Basis(kernel, _inducing(kernel, x, most, tolerance), likelihood)
     whitened = refit_noise(basis, gather_whitened(basis, x_rest, y_rest))
     basis = replace(basis)  # a new one: the parameters have moved
     z = basis.embed(x_held)
@@ -138,8 +138,7 @@ def _freeze(*modules: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def choose_inducing(kernel: Kernel, x: Tensor, most: int, tolerance: float) -> Float[Tensor, "m p"]:
-    """At most `most` embedded inputs, chosen greedily among the rows of x [n, d]."""
+def _inducing(kernel: Kernel, x: Tensor, most: int, tolerance: float) -> Float[Tensor, "m p"]:
     stride = max(1, len(x) // (10 * most))  # greedy choice is O(n m^2): a stride of rows is as good a pool
     candidates = embed(kernel, x[::stride])
     return candidates[greedy_variance(embedded_kernel(kernel), candidates, most, tolerance)]

@@ -20,7 +20,7 @@ from fspace.errors import NumericalError
 from fspace.inference.basis import FIRST_JITTER
 from fspace.inference.collapsed import Statistics, bound_from
 from fspace.inference.inducing import greedy_variance
-from fspace.inference.numerics import cholesky, solve_lower
+from fspace.inference.numerics import cholesky, seeded, solve_lower
 from fspace.inference.optimise import Record, lengthscale_penalty
 from fspace.kernels.deep import DeepKernel
 from fspace.kernels.evaluate import covariance, diagonal
@@ -90,8 +90,7 @@ def _pretrain(kernel, x, y, rows, held_out, record, stage, generator) -> Float[T
         width = kernel.raw_features(x[rows[:2]]).shape[-1]
     parameters = [p for p in kernel.extractor.parameters() if p.requires_grad]
     dtype = parameters[0].dtype if parameters else torch.float32
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch.randint(2**31, (1,), generator=generator).item())
+    with seeded(int(torch.randint(2**31, (1,), generator=generator))):
         head = nn.Linear(width, y.shape[1]).to(device=y.device, dtype=dtype)
     optimiser = torch.optim.AdamW([*parameters, *head.parameters()], lr=1e-2, weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=steps)

@@ -7,6 +7,7 @@ tenfold up to `MAX_JITTER`; what was added is returned, so that a fitted object 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fspace.errors import DeviceError, NumericalError, OptionError
 
+_SEEDING = threading.Lock()
 MIN_JITTER = 1e-10
 MAX_JITTER = 1e-4
 
@@ -105,3 +107,12 @@ def full_precision() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's global generator starts at `seed` inside and goes on as before after; one thread at a time, so that
+    networks made in threads are those made one after the other."""
+    with _SEEDING, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

@@ -1,5 +1,7 @@
 """Jitter, devices, dtypes and TF32: the policy that all inference shares."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from fspace.inference.numerics import (
     full_precision,
     pick_device,
     pick_dtype,
+    seeded,
     solve_lower,
 )
 
@@ -158,3 +161,17 @@ def test_tf32_is_off_inside_and_as_before_after(before):
         assert flags.allow_tf32 is before
     finally:
         flags.allow_tf32 = saved
+
+
+def test_networks_made_in_threads_are_those_made_one_after_the_other():
+    def made(seed):
+        with seeded(seed):
+            first = torch.randn(20000)
+            return first, torch.randn(20000)
+
+    alone = [made(seed) for seed in range(8)]
+    before = torch.get_rng_state()
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(made, range(8)))
+    assert all(torch.equal(a, b) for one, other in zip(alone, together) for a, b in zip(one, other))
+    assert torch.equal(torch.get_rng_state(), before)

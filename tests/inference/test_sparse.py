@@ -8,11 +8,9 @@ from gpytorch.kernels import MaternKernel, RBFKernel, ScaleKernel
 
 from fspace.errors import NumericalError, OptionError
 from fspace.inference.basis import Basis
-from fspace.inference.candidates import named_kernel
 from fspace.inference.collapsed import (
     backward_bound,
     bound_from,
-    fit_collapsed,
     fit_site,
     gather,
     log_evidence,
@@ -22,7 +20,7 @@ from fspace.inference.exact import leave_one_out, log_marginal_likelihood
 from fspace.inference.gp import GPPosterior, Scaling
 from fspace.inference.inducing import greedy_variance
 from fspace.inference.numerics import cholesky
-from fspace.inference.optimise import fit_exact, gaussian_likelihood
+from fspace.inference.optimise import gaussian_likelihood
 from fspace.kernels.evaluate import covariance
 
 
@@ -173,21 +171,3 @@ def test_a_failed_factorisation_names_the_matrix():
     with pytest.raises(NumericalError, match="my matrix"):
         cholesky(torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64), "my matrix")
     assert cholesky(torch.ones(2, 2, dtype=torch.float64), "ones")[1] > 0
-
-
-def test_on_every_row_the_collapsed_bound_teaches_what_the_exact_evidence_does():
-    """With every row an inducing input the bound is the evidence, so both end at the same kernel; with few it is not."""
-    g = torch.Generator().manual_seed(3)
-    x = torch.rand(60, 2, generator=g, dtype=torch.float64) * 3
-    y = torch.stack([torch.sin(2 * x[:, 0]), torch.cos(x.sum(1))], dim=1)
-    y = y + 0.2 * torch.randn(60, 2, generator=g, dtype=torch.float64)
-
-    def learned(fit, *inducing):
-        kernel, likelihood = named_kernel("matern", 2), gaussian_likelihood(2, 0.1, torch.device("cpu"))
-        assert fit(kernel, likelihood, *inducing, x, y, 200, lambda **_: None, "test")
-        base = kernel.base_kernel.lengthscale.log().flatten()
-        return torch.cat([base, kernel.outputscale.log()[None], likelihood.noise.log().flatten()]).detach()
-
-    exact = learned(fit_exact)
-    assert torch.allclose(learned(fit_collapsed, x), exact, atol=2e-3)
-    assert not torch.allclose(learned(fit_collapsed, x[:4]), exact, atol=0.1)
