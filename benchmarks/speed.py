@@ -74,7 +74,7 @@ def cases(
         return peers.gpytorch_svgp(data, seconds, seed, extractor, FEATURES, INDUCING)
 
     deep = [{"kernel": "deep", "members": 1, "inducing": m} for m in (128, INDUCING)]
-    matern = [{"kernel": "matern", "inference": "exact"}, deep[0]]
+    matern = [{"kernel": "matern", "inference": "exact"}, deep[0] | {"inference": "collapsed"}]
     found: dict[str, Any] = {
         "svgp-protein": ("GPyTorch SVGP deep kernel", lambda: uci("protein"), svgp, deep),
         "svgp-kin8nm": ("GPyTorch SVGP deep kernel", lambda: uci("kin8nm"), svgp, deep),
