@@ -31,6 +31,7 @@ from fspace.inference.candidates import (
 )
 from fspace.inference.numerics import pick_device, pick_dtype
 from fspace.inference.optimise import MIN_NOISE, gaussian_likelihood
+from fspace.interrupts import Interrupts, interrupts
 from fspace.kernels.deep import DeepKernel, embed, embedded_kernel
 from fspace.kernels.evaluate import covariance
 from fspace.posterior import FunctionPosterior, MixturePosterior, Predictive
@@ -118,7 +119,7 @@ class GPRegressor(RegressorMixin, BaseEstimator):
         tensor = lambda a: torch.tensor(a, dtype=torch.float64, device=device)  # noqa: E731
         self.history_: list[dict[str, Any]] = []
         self._interrupted_in: str | None = None
-        with progress("fitting", self.progress == "auto") as tell:
+        with interrupts() as held, progress("fitting", self.progress == "auto") as tell:
             plan = Plan(
                 x=tensor(x),
                 y=tensor((columns - shift) / scale),
@@ -137,9 +138,11 @@ class GPRegressor(RegressorMixin, BaseEstimator):
                 likelihood=None
                 if isinstance(self.likelihood, str)
                 else own_likelihood(self.likelihood, columns.shape[1]),
-                record=self._recorder(tell),
+                record=self._recorder(tell, held),
             )
             choice = self._fit(plan, x)
+        if held.waiting:  # it came when all training was done
+            self._interrupted_in = self._interrupted_in or "the last steps"
         self.choice_ = choice.report
         self.interrupted_ = self._interrupted_in is not None
         if self.interrupted_:
@@ -195,8 +198,8 @@ class GPRegressor(RegressorMixin, BaseEstimator):
         }
         return Choice(fits, weights, report)
 
-    def _recorder(self, tell: Callable[..., None]) -> Callable[..., None]:
-        """What training calls at every step: keeps the history, notices Ctrl-C, moves the progress bar."""
+    def _recorder(self, tell: Callable[..., None], held: Interrupts) -> Callable[..., None]:
+        """What training calls at every step: keeps the history, lets Ctrl-C through, moves the progress bar."""
 
         def record(**entry: Any) -> None:
             tell(**entry)
@@ -205,6 +208,7 @@ class GPRegressor(RegressorMixin, BaseEstimator):
             if "held_out" in entry:  # a score; a history holds losses
                 entry["heldout"] = -entry.pop("held_out")
             self.history_.append({"step": len(self.history_), **entry})
+            held.check()
 
         return record
 

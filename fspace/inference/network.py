@@ -114,10 +114,11 @@ def _pretrain(kernel, x, y, rows, held_out, record, stage, generator) -> Float[T
                 with torch.no_grad():
                     score = -errors(held_out).mean().item()
                 kernel.extractor.train()
+                enough = best.look(score)  # before `record`, which may raise KeyboardInterrupt
                 record(
                     stage=f"{stage}: features", loss=loss.item(), held_out=score, done=step + 1, total=steps
                 )
-                if best.look(score):
+                if enough:
                     break
     finally:
         best.restore()
@@ -165,8 +166,9 @@ def _tune(kernel, likelihood, x, y, rows, held_out, record, stage, generator, st
             schedule.step()
             if (step + 1) % (steps // CHECKS) == 0:
                 score = _held_out_score(kernel, likelihood, x, y, pick, chosen, held_out, len(rows))
+                enough = best.look(score)
                 record(stage=stage, loss=loss.item(), held_out=score, done=step + 1, total=steps)
-                if best.look(score):
+                if enough:
                     break
     finally:
         best.restore()
