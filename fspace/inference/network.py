@@ -26,7 +26,8 @@ from fspace.kernels.deep import DeepKernel
 from fspace.kernels.evaluate import covariance, diagonal
 
 INDUCING = 128  # of the training batches
-BATCH = 4096
+BATCH = 2048
+JUDGED = 4096  # rows behind held-out scores: the same at every look, or chance would stop the training
 CHECKS = 20  # looks at the held-out rows a phase
 PATIENCE = 6  # looks without a better one before a phase ends
 
@@ -98,7 +99,7 @@ def _pretrain(kernel, x, y, rows, held_out, record, stage, generator) -> Float[T
     target = y.to(dtype)
 
     def errors(part: Tensor) -> Float[Tensor, " t"]:
-        blocks = (head(kernel.raw_features(x[b])) - target[b] for b in part.split(BATCH))
+        blocks = (head(kernel.raw_features(x[b])) - target[b] for b in part.split(JUDGED))
         return torch.cat(list(blocks)).square().mean(0)
 
     try:
@@ -122,7 +123,7 @@ def _pretrain(kernel, x, y, rows, held_out, record, stage, generator) -> Float[T
                     break
     finally:
         best.restore()
-    kernel.fix_statistics(x[rows[:BATCH]])
+    kernel.fix_statistics(x[rows[:JUDGED]])
     with torch.no_grad():
         return errors(held_out)
 
@@ -142,6 +143,7 @@ def _tune(kernel, likelihood, x, y, rows, held_out, record, stage, generator, st
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, eta_min=1e-5)
     best = _Best(kernel, likelihood)
     chosen = rows[:INDUCING]
+    judged = rows[torch.randperm(len(rows), generator=generator)[:JUDGED].to(rows.device)]
     try:
         for step in range(steps):
             if step % 50 == 0:
@@ -152,24 +154,21 @@ def _tune(kernel, likelihood, x, y, rows, held_out, record, stage, generator, st
             if len(rows) > BATCH:
                 pick = rows[torch.randint(len(rows), (BATCH,), generator=generator).to(rows.device)]
             optimiser.zero_grad()
-            try:
-                loss = -_batch_bound(kernel, likelihood, x, y, pick, chosen, len(rows)) / (
-                    len(rows) * y.shape[1]
-                )
-                loss.backward()
-            except NumericalError:
-                if best.score == -math.inf:
-                    raise
-                break
+            bound = _batch_bound(kernel, likelihood, x, y, pick, chosen, len(rows))
+            loss = -bound / (len(rows) * y.shape[1])
+            loss.backward()
             nn.utils.clip_grad_norm_(network, 10.0)
             optimiser.step()
             schedule.step()
             if (step + 1) % (steps // CHECKS) == 0:
-                score = _held_out_score(kernel, likelihood, x, y, pick, chosen, held_out, len(rows))
+                score = _held_out_score(kernel, likelihood, x, y, judged, chosen, held_out, len(rows))
                 enough = best.look(score)
                 record(stage=stage, loss=loss.item(), held_out=score, done=step + 1, total=steps)
                 if enough:
                     break
+    except NumericalError:  # the best state so far is a good one, if there is one
+        if best.score == -math.inf:
+            raise
     finally:
         best.restore()
     if best.score == -math.inf:
@@ -180,33 +179,34 @@ def _tune(kernel, likelihood, x, y, rows, held_out, record, stage, generator, st
 
 def _batch_bound(kernel, likelihood, x, y, pick, chosen, total) -> Tensor:  # type: ignore[no-untyped-def]
     z = kernel.embed(torch.cat([x[pick], x[chosen]]))  # one pass, so both see the same feature statistics
-    inner, batch, inducing = kernel.on_embedding, z[: len(pick)], z[len(pick) :]
-    stats = _statistics(inner, inducing, batch, y[pick])
-    return bound_from(
-        stats, covariance(inner, inducing), likelihood.noise[..., 0], total / len(pick)
-    ) - lengthscale_penalty(inner).to(stats.outer.device)
+    inner, noise = kernel.on_embedding, likelihood.noise[..., 0]
+    _, stats = _whitened(inner, z[len(pick) :], z[: len(pick)], y[pick])
+    identity = torch.eye(len(stats.outer), dtype=noise.dtype, device=noise.device)
+    bound = bound_from(stats, identity, noise, total / len(pick))
+    return bound - lengthscale_penalty(inner).to(bound.device)
 
 
-def _statistics(inner: Kernel, inducing: Tensor, z: Tensor, y: Tensor) -> Statistics:
-    cross = covariance(inner, inducing, z)
-    return Statistics(cross @ cross.mT, cross @ y, y.square().sum(0), diagonal(inner, z).sum(), y.shape[0])
+def _whitened(inner: Kernel, inducing: Tensor, z: Tensor, y: Tensor) -> tuple[Tensor, Statistics]:
+    """Factor of the inducing inputs' kernel matrix, and whitened statistics: their outer product is positive
+    semi-definite by construction, however alike the features of the inducing rows have become."""
+    factor, _ = cholesky(covariance(inner, inducing), "kernel matrix of the inducing inputs", FIRST_JITTER)
+    v = solve_lower(factor, covariance(inner, inducing, z))
+    return factor, Statistics(v @ v.mT, v @ y, y.square().sum(0), diagonal(inner, z).sum(), y.shape[0])
 
 
 @torch.no_grad()
 def _held_out_score(kernel, likelihood, x, y, pick, chosen, held_out, total) -> float:  # type: ignore[no-untyped-def]
-    """Mean log density of the held-out rows under the posterior of one batch, counted as if it were all rows."""
+    """Mean log density of the held-out rows under the posterior of rows `pick`, counted as if they were all."""
     kernel.eval()
     inner, inducing, scale = kernel.on_embedding, kernel.embed(x[chosen]), total / len(pick)
-    stats = _statistics(inner, inducing, kernel.embed(x[pick]), y[pick])
-    factor, _ = cholesky(covariance(inner, inducing), "kernel matrix of the inducing inputs", FIRST_JITTER)
-    a = scale * solve_lower(factor, solve_lower(factor, stats.outer).mT)
+    factor, stats = _whitened(inner, inducing, kernel.embed(x[pick]), y[pick])
     noise = likelihood.noise[..., 0]
-    identity = torch.eye(len(a), dtype=a.dtype, device=a.device)
-    inside, _ = cholesky(identity + a / noise[:, None, None], "I + A / noise")
+    identity = torch.eye(len(factor), dtype=noise.dtype, device=noise.device)
+    inside, _ = cholesky(identity + scale * stats.outer / noise[:, None, None], "I + A / noise")
     z = kernel.embed(x[held_out])
     v = solve_lower(factor, covariance(inner, inducing, z))
     w = solve_lower(inside, v.expand(len(noise), *v.shape))
-    c = solve_lower(inside, (scale * solve_lower(factor, stats.cross).T / noise[:, None])[..., None])
+    c = solve_lower(inside, (scale * stats.cross.T / noise[:, None])[..., None])
     variance = (diagonal(inner, z) - v.square().sum(0) + w.square().sum(1)).clamp(min=0.0) + noise[:, None]
     errors = y[held_out].T - (w.mT @ c)[..., 0]
     kernel.train()

@@ -113,3 +113,10 @@ def test_a_fit_on_the_gpu_predicts_as_one_on_the_cpu():
     np.testing.assert_allclose(fits[0].predict(X), fits[1].predict(X), atol=1e-4)
     deep = fspace.GPRegressor(kernel="deep", members=2, likelihood="heteroscedastic", device="cuda").fit(X, y)
     assert deep.score(X, y) > 0.9
+
+
+def test_targets_without_noise_on_one_input():
+    """Inducing rows whose features lie close together leave the statistics positive semi-definite."""
+    X = np.random.default_rng(0).uniform(-3.0, 3.0, (120, 1))
+    model = fspace.GPRegressor(kernel="deep", members=2).fit(X, np.sin(X[:, 0]))
+    assert np.abs(model.predict(X) - np.sin(X[:, 0])).max() < 0.05
