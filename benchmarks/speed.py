@@ -73,7 +73,7 @@ def cases(
         extractor = peers.network(data.X.shape[1], HIDDEN, FEATURES)
         return peers.gpytorch_svgp(data, seconds, seed, extractor, FEATURES, INDUCING)
 
-    deep = [{"kernel": "deep", "members": 1, "inducing": m} for m in (128, INDUCING)]
+    deep = [{"kernel": "deep", "members": 1, "inducing": m} for m in (128, 256, INDUCING)]
     matern = [{"kernel": "matern", "inference": "exact"}, deep[0] | {"inference": "collapsed"}]
     found: dict[str, Any] = {
         "svgp-protein": ("GPyTorch SVGP deep kernel", lambda: uci("protein"), svgp, deep),
