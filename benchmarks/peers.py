@@ -143,6 +143,108 @@ def gpytorch_svgp(
             clock.start()
 
 
+def gpytorch_classes(
+    data: Arrays, seconds: float, seed: int, hidden: tuple[int, ...], features: int, inducing: int = 512
+) -> list[tuple[float, np.ndarray]]:
+    """GPyTorch's SVGP with a network before the kernel, for classes; [seconds of training, test probabilities].
+
+    Bernoulli likelihood for two classes; for more a softmax over independent functions, as in its multitask and
+    deep-kernel classification examples. Adam (0.01), batches of 1,024 (256 of small tables), float32.
+    """
+    import gpytorch
+    from gpytorch.variational import (
+        CholeskyVariationalDistribution,
+        IndependentMultitaskVariationalStrategy,
+        VariationalStrategy,
+    )
+
+    classes = int(data.y.max()) + 1
+    batch_shape = torch.Size([] if classes == 2 else [classes])
+
+    class FeatureGP(gpytorch.models.ApproximateGP):
+        """The sparse GPs on the features."""
+
+        def __init__(self, points: torch.Tensor) -> None:
+            q = CholeskyVariationalDistribution(len(points), batch_shape=batch_shape)
+            strategy: Any = VariationalStrategy(
+                self, points.expand(*batch_shape, *points.shape).clone(), q, learn_inducing_locations=True
+            )
+            if classes > 2:
+                strategy = IndependentMultitaskVariationalStrategy(strategy, num_tasks=classes)
+            super().__init__(strategy)
+            self.mean_module = gpytorch.means.ConstantMean(batch_shape=batch_shape)
+            base = gpytorch.kernels.MaternKernel(2.5, ard_num_dims=points.shape[1], batch_shape=batch_shape)
+            self.covar_module = gpytorch.kernels.ScaleKernel(base, batch_shape=batch_shape)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return gpytorch.distributions.MultivariateNormal(self.mean_module(x), self.covar_module(x))
+
+    torch.manual_seed(seed)
+    X, X_test = (torch.as_tensor(a, dtype=torch.float32) for a in (data.X, data.X_test))
+    y = torch.as_tensor(data.y)
+    y = y.float() if classes == 2 else y.long()
+    extractor = network(X.shape[1], hidden, features)
+    with torch.no_grad():
+        points = extractor(X[: min(inducing, len(X))]).clone()
+    model = FeatureGP(points)
+    likelihood: Any = (
+        gpytorch.likelihoods.BernoulliLikelihood()
+        if classes == 2
+        else gpytorch.likelihoods.SoftmaxLikelihood(num_classes=classes, mixing_weights=False)
+    )
+    bound = gpytorch.mlls.VariationalELBO(likelihood, model, num_data=len(y))
+    adam = torch.optim.Adam([*extractor.parameters(), *model.parameters(), *likelihood.parameters()], lr=0.01)
+    size = 1024 if len(y) > 10_000 else 256
+    batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, y), batch_size=size, shuffle=True)
+
+    def probabilities() -> np.ndarray:
+        for module in (extractor, model, likelihood):
+            module.eval()
+        parts = []
+        with torch.no_grad(), gpytorch.settings.num_likelihood_samples(64):
+            for rows in X_test.split(1024):
+                probs = likelihood(model(extractor(rows))).probs
+                parts.append(torch.stack([1 - probs, probs], -1) if classes == 2 else probs.mean(0))
+        for module in (extractor, model, likelihood):
+            module.train()
+        return torch.cat(parts).double().numpy()
+
+    clock, curve = Clock(), []
+    clock.start()
+    while True:
+        for rows, labels in batches:
+            adam.zero_grad()
+            loss = -bound(model(extractor(rows)), labels)
+            loss.backward()
+            adam.step()
+            spent = clock.stop()
+            if clock.is_due() or spent > seconds:
+                curve.append((spent, probabilities()))
+            if spent > seconds:
+                return curve
+            clock.start()
+
+
+def ensemble_probabilities(data: Arrays, hidden: tuple[int, ...], members: int, epochs: int) -> torch.Tensor:
+    """Test probabilities [members, n, classes] of networks that differ in their seed: Adam (0.001, decay 1e-4)."""
+    X, X_test = (torch.as_tensor(a, dtype=torch.float32) for a in (data.X, data.X_test))
+    y = torch.as_tensor(data.y)
+    batch = 128 if len(y) < 50_000 else 1024
+    found = []
+    for seed in range(members):
+        torch.manual_seed(seed)
+        net = network(X.shape[1], hidden, int(y.max()) + 1)
+        adam = torch.optim.Adam(net.parameters(), lr=1e-3, weight_decay=1e-4)
+        for _ in range(epochs):
+            for rows in torch.randperm(len(y)).split(batch):
+                adam.zero_grad()
+                torch.nn.functional.cross_entropy(net(X[rows]), y[rows]).backward()
+                adam.step()
+        with torch.no_grad():
+            found.append(torch.softmax(net(X_test).double(), 1))
+    return torch.stack(found)
+
+
 def botorch_exact(data: Arrays, seconds: float, seed: int) -> tuple[Curve, dict[str, Any]]:
     """SingleTaskGP by fit_gpytorch_mll: float64, inputs to the unit cube, own priors and stopping rule."""
     import gpytorch

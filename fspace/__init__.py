@@ -7,6 +7,7 @@ from typing import Any
 __version__ = "0.1.0"
 _WHERE = {
     "GPRegressor": "fspace.estimators",
+    "GPClassifier": "fspace.estimators",
     "load": "fspace.saving",
     "FspaceError": "fspace.errors",
     "FunctionPosterior": "fspace.posterior",

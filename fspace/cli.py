@@ -39,11 +39,15 @@ def fit(
     target: Annotated[
         list[str] | None, typer.Option(help="Column to predict; several times for several outputs.")
     ] = None,
-    task: Annotated[str, typer.Option(help="What to predict: regression.")] = "regression",
-    kernel: Annotated[str, typer.Option(help="auto, deep, matern, rbf or neural.")] = "auto",
+    task: Annotated[str, typer.Option(help="What to predict: regression or classification.")] = "regression",
+    kernel: Annotated[str, typer.Option(help="auto, deep, matern, rbf, neural or additive.")] = "auto",
     inference: Annotated[str, typer.Option(help="auto, exact, collapsed or sites.")] = "auto",
     likelihood: Annotated[
-        str, typer.Option(help="Noise: auto, gaussian (constant) or heteroscedastic (varies).")
+        str,
+        typer.Option(
+            help="Noise: auto, gaussian (constant), heteroscedastic (varies), student_t, laplace; counts: poisson, "
+            "negative_binomial; positive: gamma; shares: beta."
+        ),
     ] = "auto",
     members: Annotated[int | None, typer.Option(help="Deep kernels in the ensemble.")] = None,
     inducing: Annotated[
@@ -107,7 +111,8 @@ def predict(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON, nothing else.")] = False,
 ) -> None:
-    """Predict every row of a table: mean, standard deviation and the central 90% interval of the target."""
+    """Predict every row of a table: mean, standard deviation and the central 90% interval of the target; or the class
+    and the probability of each."""
     from fspace.runs import predict_table
 
     summary = predict_table(model, data, out, overwrite=overwrite, quiet=as_json)
@@ -116,7 +121,7 @@ def predict(
         return
     for note in summary["notes"]:
         typer.echo(note, err=True)
-    typer.echo(f"{summary['rows']:,} predictions (mean, std, lower_90, upper_90) are in {summary['out']}")
+    typer.echo(f"{summary['rows']:,} predictions ({summary['columns']}) are in {summary['out']}")
 
 
 def _print_json(results: dict[str, Any]) -> None:
@@ -133,18 +138,20 @@ def _print_results(results: dict[str, Any]) -> None:
     from rich.text import Text
 
     from fspace.runs import describe_choice
-    from fspace.scores import SCORES, shown
+    from fspace.scores import CLASS_SCORES, SCORES, shown
 
     console = Console()
     rows, targets = results["rows"], results["targets"]
+    of_classes = results["task"] == "classification"
+    kinds, simple = (CLASS_SCORES, "frequencies only") if of_classes else (SCORES, "mean only")
     if rows["test"]:
         table = Table(title=f"{rows['test']:,} rows held out, {rows['train']:,} fitted", title_justify="left")
         table.add_column("", no_wrap=True)
         pairs = [(name, results["metrics"][name], results["baseline"][name]) for name in targets]
         if len(targets) == 1:
             table.add_column("this model", justify="right")
-            table.add_column("mean only", justify="right", style="dim")
-            for key, words, _ in SCORES:
+            table.add_column(simple, justify="right", style="dim")
+            for key, words, _ in kinds:
                 table.add_row(words, *(shown(key, scores[key]) for scores in pairs[0][1:]))
         else:  # one target below another, so that the table is no wider for many
             table.box, table.pad_edge, table.collapse_padding = SIMPLE_HEAD, False, True

@@ -1,61 +1,50 @@
-"""The scikit-learn front: fit a Gaussian process regression with one line."""
+"""The scikit-learn front: fit a Gaussian process regression or classification with one line."""
 
 from __future__ import annotations
 
 import copy
 import math
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gpytorch.kernels import Kernel
-from gpytorch.likelihoods import GaussianLikelihood
-from sklearn.base import BaseEstimator, RegressorMixin
-from torch import Tensor
-
-from fspace.data import TableEncoder, check_target, target_names
-from fspace.errors import DataError, NotFittedError, NumericalError, OptionError
-from fspace.inference.candidates import (
-    EXACT_ROWS,
-    Choice,
-    Plan,
-    choose,
-    fit_deep,
-    fit_plain,
-    input_scaling,
-    named_kernel,
+from gpytorch.likelihoods import (
+    BernoulliLikelihood,
+    GaussianLikelihood,
+    Likelihood,
+    SoftmaxLikelihood,
 )
-from fspace.inference.numerics import pick_device, pick_dtype
+from sklearn.base import ClassifierMixin, RegressorMixin
+
+from fspace.data import check_target, target_names
+from fspace.errors import DataError, OptionError
+from fspace.fitting import GPEstimator
+from fspace.inference.candidates import EXACT_ROWS
+from fspace.inference.likelihoods import NAMED, REAL, with_offset
 from fspace.inference.optimise import MIN_NOISE, gaussian_likelihood
-from fspace.interrupts import Interrupts, interrupts
-from fspace.kernels.deep import DeepKernel, embed, embedded_kernel
-from fspace.kernels.evaluate import covariance
-from fspace.posterior import FunctionPosterior, MixturePosterior, Predictive
-from fspace.predictive_base import as_tensor, check_seed
-from fspace.progress import progress
+from fspace.predictive_base import as_tensor
+from fspace.targets import balanced, check_labels, check_support, check_weights
 
-LIKELIHOODS = ("auto", "gaussian", "heteroscedastic")
+GAUSSIAN = ("auto", "gaussian", "heteroscedastic")
+LIKELIHOODS = (*GAUSSIAN, *(name for name in NAMED if name != "bernoulli"))
+ROWS = 8192  # whose class probabilities are computed at once
 INFERENCE = ("auto", "exact", "collapsed", "sites")
-MOST_INDUCING = 2000
-KERNELS = ("auto", "deep", "matern", "rbf", "neural")
-CHUNK_VALUES = 2**20  # input values predicted at a time, so that memory does not grow with the rows
 
 
-class GPRegressor(RegressorMixin, BaseEstimator):
+class GPRegressor(RegressorMixin, GPEstimator):
     """Gaussian process regression with deep or plain kernels, exact or sparse.
 
     kernel: "auto" (the data choose between plain and deep), "deep", "matern", "rbf", "neural" (infinitely wide
-        network), or a gpytorch kernel, which sees standardised inputs. Images [n, c, h, w] and sequences [n, t, d]
-        need a `DeepKernel` with an extractor that reads them.
+        network), "additive" (a sum over the columns), or a gpytorch kernel, which sees standardised inputs. Images
+        [n, c, h, w] and sequences [n, t, d] need a `DeepKernel` with an extractor that reads them.
     inference: "auto", "exact" (Cholesky over all rows), "collapsed" (Titsias' bound), or "sites" (kernel and network
-        learned from minibatches by natural-gradient steps; the posterior is then that of "collapsed").
-    likelihood: "auto" (with kernel="auto" the data say whether the noise varies over the inputs; else constant),
+        learned from minibatches by natural-gradient steps; the posterior is then that of "collapsed", or, where the
+        noise is not Gaussian, of sites).
+    likelihood: "auto" (with kernel="auto" the data say whether Gaussian noise varies over the inputs; else constant),
         "gaussian" (constant), "heteroscedastic" (varies), or a gpytorch GaussianLikelihood, whose noise is in units
-        of standardised y and is where the fit starts.
+        of standardised y and is where the fit starts. Heavy tails: "student_t", "laplace". Counts: "poisson",
+        "negative_binomial". Positive y: "gamma". Shares between 0 and 1: "beta". Or another gpytorch likelihood of
+        one function, which sees y as it is. latent(x) of those with a link is of the function before it.
     inducing: most inducing inputs of the collapsed posterior; or a number below 1, the share of the prior variance
         they may leave unexplained, and as many are taken (2,000 at most).
     members: deep kernels in the ensemble.
@@ -105,178 +94,80 @@ class GPRegressor(RegressorMixin, BaseEstimator):
         """Fit to X [n, d] (or images, sequences) and y [n] or [n, t]. Raises a FspaceError for data or options that
         cannot be used."""
         self._check_options()
-        device, dtype = pick_device(self.device), pick_dtype(self.dtype)
-        encoder = TableEncoder(self.categories, self.missing, owner=type(self).__name__)
-        x = np.asarray(encoder.fit_transform(X), dtype=np.float64)
-        self._check_shape(x)
+        encoder, x = self._encoded(X)
         target = check_target(y, len(x))
         if len(x) < 2:
             raise DataError("X has 1 sample (n_samples=1); a fit needs at least 2 rows.")
         columns = target.reshape(len(x), -1)
-        shift = columns.mean(axis=0)
-        spread = (columns - shift).std(axis=0)
-        scale = np.where(spread > 1e-13 * np.maximum(np.abs(shift), 1e-300), spread, 1.0)
-        tensor = lambda a: torch.tensor(a, dtype=torch.float64, device=device)  # noqa: E731
-        self.history_: list[dict[str, Any]] = []
-        self._interrupted_in: str | None = None
-        with interrupts() as held, progress("fitting", self.progress == "auto") as tell:
-            plan = Plan(
-                x=tensor(x),
-                y=tensor((columns - shift) / scale),
-                y_shift=tensor(shift),
-                y_scale=tensor(scale),
-                vector=target.ndim == 1,
-                exact=self.inference == "exact" or (self.inference == "auto" and len(x) <= EXACT_ROWS),
-                sites=self.inference == "sites",
-                inducing=min(int(self.inducing) if self.inducing >= 1 else MOST_INDUCING, len(x)),
-                dtype=dtype,
-                seed=check_seed(self.seed),
-                tolerance=0.0 if self.inducing >= 1 else float(self.inducing),
-                vary={"auto": None, "heteroscedastic": True}.get(self.likelihood, False)
-                if isinstance(self.likelihood, str)
-                else False,
-                likelihood=None
-                if isinstance(self.likelihood, str)
-                else own_likelihood(self.likelihood, columns.shape[1]),
-                record=self._recorder(tell, held),
-            )
-            choice = self._fit(plan, x)
-        if held.waiting:  # it came when all training was done
-            self._interrupted_in = self._interrupted_in or "the last steps"
-        self.choice_ = choice.report
-        self.interrupted_ = self._interrupted_in is not None
-        if self.interrupted_:
-            warnings.warn(
-                f"Interrupted while fitting {self._interrupted_in}; the best state so far is kept "
-                f"({', '.join(self.choice_['weights'])}).",
-                stacklevel=2,
-            )
-        self.encoder_ = encoder
-        self.n_features_in_ = encoder.n_features_in_
-        if hasattr(encoder, "feature_names_in_"):
-            self.feature_names_in_ = encoder.feature_names_in_
-        self.target_names_ = target_names(y, target)
-        heaviest = choice.fits[int(choice.weights.argmax())]
-        self.log_evidence_ = heaviest.log_evidence
-        posteriors = [fit.posterior for fit in choice.fits]
-        self.posterior_: FunctionPosterior = (
-            posteriors[0] if len(posteriors) == 1 else MixturePosterior(posteriors, choice.weights.cpu())
+        given = NAMED[self.likelihood]() if self.likelihood in tuple(NAMED) else self.likelihood
+        link = isinstance(given, Likelihood) and not isinstance(given, GaussianLikelihood)
+        if link and not isinstance(given, REAL):
+            check_support(columns, given, target.ndim == 1)
+            shift, scale = np.zeros(columns.shape[1]), np.ones(columns.shape[1])
+        else:
+            shift = columns.mean(axis=0)
+            spread = (columns - shift).std(axis=0)
+            scale = np.where(spread > 1e-13 * np.maximum(np.abs(shift), 1e-300), spread, 1.0)
+        likelihood: Any = None
+        if link:
+            likelihood = with_offset(copy.deepcopy(given), torch.from_numpy((columns - shift) / scale))
+        elif not isinstance(given, str):
+            likelihood = own_likelihood(given, columns.shape[1])
+        vary = {"auto": None, "heteroscedastic": True}.get(given, False) if isinstance(given, str) else False
+        exact = self.inference == "exact" or (self.inference == "auto" and len(x) <= EXACT_ROWS)
+        self._fit_plan(
+            encoder,
+            x,
+            (columns - shift) / scale,
+            shift,
+            scale,
+            vector=target.ndim == 1,
+            exact=exact and not link,
+            sites=self.inference == "sites",
+            vary=vary,
+            likelihood=likelihood,
         )
-        self.relevance_ = _relevance(self.posterior_, plan.x)
+        self.target_names_ = target_names(y, target)
         return self
 
-    def _fit(self, plan: Plan, x: np.ndarray) -> Choice:
-        if isinstance(self.kernel, str) and self.kernel == "auto":
-            return choose(plan, self.members)
-        if plan.vary is None:  # whoever names a kernel gets that model; "heteroscedastic" asks for the other
-            plan = replace(plan, vary=False)
-        scaling = input_scaling(x, warp=False) if x.ndim == 2 else channel_scaling(x)
-        if isinstance(self.kernel, DeepKernel) or self.kernel == "deep":
-            kernel = self.kernel if isinstance(self.kernel, DeepKernel) else None
-            if kernel is not None:
-                check_kernel(copy.deepcopy(kernel).eval(), torch.tensor(x[:3], dtype=torch.float64))
-            fits = []
-            for k in range(self.members):
-                fits.append(fit_deep(plan, kernel, scaling, k, f"deep {k + 1}"))
-                if self._interrupted_in is not None:
-                    break
-        else:
-            plain = (
-                copy.deepcopy(self.kernel).double()
-                if isinstance(self.kernel, Kernel)
-                else named_kernel(self.kernel, x.shape[1])
-            )
-            name = self.kernel if isinstance(self.kernel, str) else type(self.kernel).__name__
-            check_kernel(plain, torch.tensor(x[:3], dtype=torch.float64))
-            fits = fit_plain(plan, plain, scaling, name)
-        weights = torch.full((len(fits),), 1.0 / len(fits), dtype=torch.float64)
-        report = {
-            "scores": {fit.name: fit.score for fit in fits},
-            "chosen": fits[0].name,
-            "weights": {fit.name: 1.0 / len(fits) for fit in fits},
-            "unit": "log density a row, standardised y",
-        }
-        return Choice(fits, weights, report)
+    def partial_fit(self, X: Any, y: Any, site: str | None = None, discount: float = 1.0) -> GPRegressor:
+        """Take in more rows as one more site, in the time of these rows; kernel and noise stay as `fit` left them. The
+        first call is `fit`.
 
-    def _recorder(self, tell: Callable[..., None], held: Interrupts) -> Callable[..., None]:
-        """What training calls at every step: keeps the history, lets Ctrl-C through, moves the progress bar."""
-
-        def record(**entry: Any) -> None:
-            tell(**entry)
-            if entry.get("interrupted") and self._interrupted_in is None:
-                self._interrupted_in = str(entry.get("stage", "the model"))
-            if "held_out" in entry:  # a score; a history holds losses
-                entry["heldout"] = -entry.pop("held_out")
-            self.history_.append({"step": len(self.history_), **entry})
-            held.check()
-
-        return record
-
-    def _check_shape(self, x: np.ndarray) -> None:
-        """Only a deep kernel whose extractor reads rows of this shape can be fitted to images and sequences."""
-        deep = isinstance(self.kernel, DeepKernel)
-        dims = self.kernel.input_dims if isinstance(self.kernel, DeepKernel) else 1
-        if x.ndim > 4:
-            raise DataError(
-                f"X has shape {list(x.shape)}; this estimator reads tables [n, columns], sequences [n, t, d] and "
-                "images [n, c, h, w]."
-            )
-        if x.ndim > 2 and not deep:
-            what = "images" if x.ndim == 4 else "sequences"
-            example = "ConvNet(in_channels)" if x.ndim == 4 else "CausalConv(in_features)"
-            raise OptionError(
-                f"X has shape {list(x.shape)} ({what}); kernel={self.kernel!r} reads tables. Pass "
-                f"kernel=DeepKernel({example}, MaternKernel()), with both from fspace.kernels, or flatten the rows."
-            )
-        if deep and dims is not None and dims != x.ndim - 1:
-            raise OptionError(
-                f"X has shape {list(x.shape)}, but the kernel's {type(self.kernel.extractor).__name__} reads rows of "
-                f"{dims} dimension{'s' * (dims != 1)}; reshape X to {dims + 1} dimensions, or take another extractor."
-            )
+        site: a name to `forget` these rows by ("batch 1", ... by itself); discount: what older sites say is multiplied
+        by it, so that below 1 old data fade. Raises a FspaceError for rows or options that do not fit.
+        """
+        if not hasattr(self, "posterior_"):
+            return self.fit(X, y)
+        x = np.asarray(self.encoder_.transform(X), dtype=np.float64)
+        self._take_in(x, check_target(y, len(x)), site, discount)
+        return self
 
     def _check_options(self) -> None:
-        if isinstance(self.kernel, str) and self.kernel not in KERNELS:
-            raise OptionError(
-                f"kernel={self.kernel!r} does not exist; choose one of {', '.join(KERNELS)} or pass a gpytorch kernel."
-            )
-        if not isinstance(self.kernel, str | Kernel):
-            raise OptionError(f"kernel is a {type(self.kernel).__name__}; pass a name or a gpytorch kernel.")
+        self._check_shared_options()
         if self.inference not in INFERENCE:
             raise OptionError(
                 f"inference={self.inference!r} does not exist; choose one of {', '.join(INFERENCE)}."
             )
-        if self.progress is not False and self.progress != "auto":
-            raise OptionError(f"progress={self.progress!r} does not exist; choose 'auto' or False.")
-        if isinstance(self.likelihood, str) and self.likelihood not in LIKELIHOODS:
+        like = self.likelihood
+        if isinstance(like, str) and like not in LIKELIHOODS:
             raise OptionError(
-                f"likelihood={self.likelihood!r} does not exist; choose one of {', '.join(LIKELIHOODS)} or pass a "
-                "gpytorch GaussianLikelihood."
+                f"likelihood={like!r} does not exist; choose one of {', '.join(LIKELIHOODS)} or pass a "
+                "gpytorch likelihood of one function. (Classes: GPClassifier.)"
             )
-        if not isinstance(self.likelihood, str | GaussianLikelihood):
+        if not isinstance(like, str | Likelihood) or isinstance(
+            like, SoftmaxLikelihood | BernoulliLikelihood
+        ):
             raise OptionError(
-                f"likelihood is a {type(self.likelihood).__name__}; pass a name or a gpytorch GaussianLikelihood."
+                f"likelihood is a {type(like).__name__}; pass a name or a gpytorch likelihood of one function. "
+                "(Classes: GPClassifier.)"
             )
-        if not isinstance(self.members, int | np.integer) or self.members < 1:
-            raise OptionError(f"members={self.members!r} must be a whole number of at least 1.")
-        check_seed(self.seed)
-        share = isinstance(self.inducing, float | np.floating) and 0 < self.inducing < 1
-        if not share and (not isinstance(self.inducing, int | np.integer) or self.inducing < 1):
+        gaussian = isinstance(like, GaussianLikelihood) or like in GAUSSIAN
+        if not gaussian and self.inference in ("exact", "collapsed"):
             raise OptionError(
-                f"inducing={self.inducing!r} must be a whole number of at least 1, or a share of the prior variance "
-                "between 0 and 1 that may stay unexplained."
+                f"inference={self.inference!r} is for Gaussian noise; likelihood={like!r} is fitted by sites: leave "
+                "inference='auto'."
             )
-
-    def _parts(self, X: Any) -> Iterator[Tensor]:
-        """Encoded rows, some at a time."""
-        if not hasattr(self, "posterior_"):
-            raise NotFittedError(f"This {type(self).__name__} instance is not fitted yet. Call 'fit' first.")
-        for part in self.encoder_.batches(X, CHUNK_VALUES):
-            yield torch.tensor(part, dtype=torch.float64)
-
-    def predictive(self, X: Any) -> Predictive:
-        """Distribution of y at X [n, d]: mean, variance, log_prob, quantile, interval, samples."""
-        x = torch.cat(list(self._parts(X)))
-        return self.posterior_.observed(x)
 
     @torch.no_grad()
     def predict(self, X: Any, return_std: bool = False, return_cov: bool = False) -> Any:
@@ -316,30 +207,118 @@ class GPRegressor(RegressorMixin, BaseEstimator):
         """Joint samples of y: [n, n_samples], or [n, t, n_samples]."""
         return np.moveaxis(self.predictive(X).rsample(n_samples, random_state).cpu().numpy(), 0, -1)
 
-    def save(self, path: str | Path) -> Path:
-        """Write the fitted model to one file (safetensors and JSON; nothing in it can run code)."""
-        from fspace.saving import save
 
-        return save(self, path)
+class GPClassifier(ClassifierMixin, GPEstimator):
+    """Gaussian process classification with deep or plain kernels, of two classes (probit) or more (softmax).
 
+    kernel, inducing, members, categories, missing, device, dtype, seed, progress: as for `GPRegressor`.
+    class_weight: None (rows count alike) or "balanced" (classes do: rows of rare ones count more; probabilities are
+        then those of a world in which all classes are equally frequent), or a dict from class to weight.
 
-def check_kernel(kernel: Kernel, x: Tensor) -> None:
-    """Raises OptionError for a kernel that gives no covariance of rows [k, d] (or images, sequences)."""
-    what = f"kernel={type(kernel).__name__} cannot be used on rows of shape {list(x.shape[1:])}"
-    try:
-        with torch.no_grad():
-            k = covariance(embedded_kernel(kernel), embed(kernel, x))
-    except NumericalError:
-        raise
-    except Exception as error:  # whatever a foreign kernel raises
-        raise OptionError(
-            f"{what}: {error}. Its ard_num_dims, active_dims and number of inputs must be those of the encoded table."
-        ) from error
-    if k.shape != (len(x), len(x)):
-        raise OptionError(
-            f"{what}: it gives a covariance of shape {list(k.shape)} for {len(x)} rows. Pass a kernel of one function, "
-            "without batch_shape or tasks; several outputs share it."
+    After fit: classes_, posterior_ (latent(x) of the functions before the link, one a class where there are more than
+    two; observed(x) is a `Categorical` over positions in classes_, with entropy and mutual_information), and what
+    `GPRegressor` has: log_evidence_ (a lower bound), history_, choice_, relevance_, target_names_, interrupted_.
+    """
+
+    def __init__(
+        self,
+        kernel: Any = "auto",
+        inducing: Any = 256,
+        members: Any = 2,
+        class_weight: Any = None,
+        categories: Any = None,
+        missing: Any = "error",
+        device: Any = "auto",
+        dtype: Any = "float32",
+        seed: Any = 0,
+        progress: Any = "auto",
+    ):
+        self.kernel = kernel
+        self.inducing = inducing
+        self.members = members
+        self.class_weight = class_weight
+        self.categories = categories
+        self.missing = missing
+        self.device = device
+        self.dtype = dtype
+        self.seed = seed
+        self.progress = progress
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> GPClassifier:
+        """Fit to X [n, d] (or images, sequences) and labels y [n] of any kind; sample_weight [n] says how often each
+        row counts. Raises a FspaceError for data or options that cannot be used."""
+        return self._fit_labels(X, y, sample_weight, None)
+
+    def _fit_labels(self, X: Any, y: Any, sample_weight: Any, classes: Any) -> GPClassifier:
+        self._check_shared_options()
+        encoder, x = self._encoded(X)
+        weight = check_weights(sample_weight, len(x))
+        if weight is not None and (weight == 0).any():  # as if these rows were not there
+            x, y, weight = x[weight > 0], np.asarray(y)[weight > 0], weight[weight > 0]
+        self.classes_, labels = check_labels(y, len(x), classes)
+        weight = balanced(weight, self.class_weight, self.classes_, labels)
+        columns = torch.from_numpy(labels.astype(np.float64)[:, None])
+        count = len(self.classes_)
+        two = count == 2
+        inner = BernoulliLikelihood() if two else SoftmaxLikelihood(num_classes=count, mixing_weights=False)
+        self._fit_plan(
+            encoder,
+            x,
+            columns.numpy(),
+            np.zeros(1 if two else count),
+            np.ones(1 if two else count),
+            weight,
+            vector=two,
+            exact=False,
+            sites=True,
+            vary=False,
+            likelihood=with_offset(inner, columns, None if weight is None else torch.from_numpy(weight)),
         )
+        self.target_names_ = target_names(y, labels)
+        return self
+
+    def partial_fit(
+        self,
+        X: Any,
+        y: Any,
+        classes: Any = None,
+        sample_weight: Any = None,
+        site: str | None = None,
+        discount: float = 1.0,
+    ) -> GPClassifier:
+        """Take in more rows as one more site, in the time of these rows; the kernel stays as `fit` left it. The first
+        call is `fit`; where its rows lack some classes, `classes` names all.
+
+        site, discount: as in `GPRegressor.partial_fit`. Raises a FspaceError for rows or options that do not fit;
+        sample_weight is for the first call.
+        """
+        if not hasattr(self, "posterior_"):
+            return self._fit_labels(X, y, sample_weight, classes)
+        if sample_weight is not None:
+            raise OptionError("partial_fit takes sample_weight in its first call only; repeat rows instead.")
+        x = np.asarray(self.encoder_.transform(X), dtype=np.float64)
+        labels = check_labels(y, len(x), self.classes_)[1]
+        self._take_in(x, labels.astype(np.float64), site, discount)
+        return self
+
+    @torch.no_grad()
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Class probabilities [n, classes], in the order of classes_. Rows are taken some at a time."""
+        parts = [
+            self.posterior_.observed(rows).probs.cpu().numpy()
+            for x in self._parts(X)
+            for rows in x.split(ROWS)
+        ]
+        return np.concatenate(parts)
+
+    def predict_log_proba(self, X: Any) -> np.ndarray:
+        """Logarithms of `predict_proba`."""
+        return np.log(self.predict_proba(X))
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The most probable class of every row."""
+        best = self.predict_proba(X).argmax(axis=1)
+        return self.classes_[best]
 
 
 def own_likelihood(given: GaussianLikelihood, outputs: int) -> GaussianLikelihood:
@@ -363,30 +342,3 @@ def own_likelihood(given: GaussianLikelihood, outputs: int) -> GaussianLikelihoo
     own = gaussian_likelihood(outputs, 0.1, torch.device("cpu"))
     own.noise = noise.clamp(min=1.001 * MIN_NOISE)
     return own
-
-
-def channel_scaling(x: np.ndarray) -> dict[str, np.ndarray]:
-    """One shift and scale a channel, shaped to broadcast against x: [c, 1, 1] for images [n, c, h, w], [d] for
-    sequences [n, t, d]. Constant channels stay at zero."""
-    others, shape = ((0, 2, 3), (-1, 1, 1)) if x.ndim == 4 else ((0, 1), (-1,))
-    shift, scale = x.mean(axis=others), x.std(axis=others)
-    scale = np.where(scale > 1e-12 * np.abs(shift), scale, 1.0)
-    one = np.ones_like(shift)
-    parts = {"unit": one, "power": one, "shift": shift, "scale": scale}
-    return {name: part.reshape(shape) for name, part in parts.items()}
-
-
-def _relevance(posterior: FunctionPosterior, x: Tensor) -> np.ndarray:
-    """Share of each encoded column (or channel) in the function: root mean square of the mean's slope times the
-    column's spread."""
-    pick = x[:: max(1, len(x) // 200)].clone().requires_grad_()
-    mean = posterior.latent(pick).mean.sum()
-    slope = (
-        torch.autograd.grad(mean, pick)[0] if mean.requires_grad else torch.zeros_like(x[:1])
-    )  # a constant kernel
-    channel = 1 if x.ndim == 4 else x.ndim - 1
-    slopes = (slope * x.std(dim=0)).movedim(channel, -1).flatten(0, -2)
-    share = slopes.square().mean(dim=0).sqrt().nan_to_num(0.0)
-    total = share.sum()
-    share = share / total if total > 0 else torch.full_like(share, 1.0 / len(share))
-    return share.cpu().numpy()

@@ -137,13 +137,14 @@ def _root(covariance: Tensor) -> Tensor:
 
 
 class Mixture(Continuous):
-    """Mixture of Gaussians (an ensemble): one component is right, which one is not known.
+    """Mixture of Gaussians, or of other predictives of numbers (an ensemble): one component is right, which one is not
+    known.
 
     Shapes: components y-shaped alike; weights [k], normalised here. log_prob and cdf are the mixture's, quantiles are
     solved from its cdf, and one joint sample comes from one component.
     """
 
-    def __init__(self, components: Sequence[Gaussian], weights: Tensor | Sequence[float] | None = None):
+    def __init__(self, components: Sequence[Any], weights: Tensor | Sequence[float] | None = None):
         if not components:
             raise OptionError("A mixture needs at least one component.")
         self.components = list(components)
@@ -224,7 +225,9 @@ class Mixture(Continuous):
             middle = 0.5 * (low + high)
             below = self.cdf(middle) < p
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        return 0.5 * (low + high)
+            if bool((high - low <= 1e-15 * high.abs()).all()):
+                break
+        return high  # of counts the smallest whose probability reaches p
 
     def affine(self, loc: Tensor | float, scale: Tensor | float) -> Mixture:
         """The same distribution for scale * y + loc (scalars, or one an output)."""

@@ -6,11 +6,14 @@ residuals_vs_std        does the model know where it is wrong?
 training_curve          did the fit settle?
 relevance               which inputs matter?
 draws_along             what does the function look like along one input, and how sure is it?
+
+Plots about classes are in class_plots.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -256,29 +259,15 @@ def draws_along(
     """
     import torch
 
-    posterior, encoded, columns, labels, title = _source(model, X, column)
-    centre = typical_row(encoded)
-    values = encoded[:, columns]
-    if labels or len(np.unique(values)) <= 2:
-        levels, counts = np.unique(values, axis=0, return_counts=True)
-        levels = levels[np.sort(np.argsort(-counts, kind="stable")[:MOST_LEVELS])]
-        levels = levels[::-1] if len(columns) > 1 else levels  # one-hot rows sort backwards
-        places = np.arange(len(levels), dtype=np.float64)
-        ticks = _level_labels(levels, labels)
-    else:
-        low, high = np.quantile(values[:, 0], [0.005, 0.995])
-        if not high > low:
-            low, high = values.min(), values.max()
-        places = np.linspace(low, high, points)
-        levels, ticks = places[:, None], None
-    rows = np.repeat(centre[None, :], len(places), axis=0)
-    rows[:, columns] = levels
-    x = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float64))
+    along = places_along(model, X, column, points)
+    places, ticks, title = along.places, along.ticks, along.name
+    posterior = getattr(model, "posterior_", model)
+    x = torch.from_numpy(along.rows)
     with torch.no_grad():
         latent, observed = posterior.latent(x), posterior.observed(x)
-        functions = array(posterior.draw(draws, seed=seed)(x))
-        mean = column_of(latent.mean, output)
-        inner = [column_of(bound, output) for bound in latent.interval(level)]
+        functions = array(posterior.response(posterior.draw(draws, seed=seed)(x)))
+        mean = column_of(observed.mean, output)
+        inner = [column_of(posterior.response(bound), output) for bound in latent.interval(level)]
         outer = [column_of(bound, output) for bound in observed.interval(level)]
     functions = functions[..., output] if functions.ndim == 3 else functions
     ax = new_axes(ax)
@@ -288,8 +277,7 @@ def draws_along(
         for i, f in enumerate(functions):
             ax.plot(places, f, color=ORANGE, lw=0.9, alpha=0.75, label="draws of f" if i == 0 else None)
         ax.plot(places, mean, color=INK, lw=2, label="mean")
-        seen = values[(values[:, 0] >= places[0]) & (values[:, 0] <= places[-1]), 0]
-        rug(ax, seen)
+        rug(ax, along.seen[(along.seen >= places[0]) & (along.seen <= places[-1])])
     else:
         ax.use_sticky_edges = False
         for (low, high), colour, what in ((outer, "#e3ebf1", "y"), (inner, PALE, "f")):
@@ -324,17 +312,50 @@ def typical_row(X: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " d"]:
 # ---- where draws_along gets its rows ---------------------------------------------------------------
 
 
-def _source(model: Any, X: Any, column: int | str) -> tuple[Any, NDArray, list[int], list[str], str]:
-    """Posterior, encoded X, the encoded columns of one input, names of their levels, name of the input."""
+@dataclass(frozen=True)
+class Along:
+    """Rows that differ in one input only: where they stand on the axis, names of these places where the input has
+    levels, the encoded rows, the input's values in the data, and its name."""
+
+    places: NDArray
+    ticks: list[str] | None
+    rows: Float[np.ndarray, "k d"]
+    seen: NDArray
+    name: str
+
+
+def places_along(model: Any, X: Any, column: int | str, points: int) -> Along:
+    """Places along one input, the others as in the most typical row of X."""
+    encoded, columns, labels, name = _source(model, X, column)
+    values = encoded[:, columns]
+    if labels or len(np.unique(values)) <= 2:
+        levels, counts = np.unique(values, axis=0, return_counts=True)
+        levels = levels[np.sort(np.argsort(-counts, kind="stable")[:MOST_LEVELS])]
+        levels = levels[::-1] if len(columns) > 1 else levels  # one-hot rows sort backwards
+        places = np.arange(len(levels), dtype=np.float64)
+        ticks = _level_labels(levels, labels)
+    else:
+        low, high = np.quantile(values[:, 0], [0.005, 0.995])
+        if not high > low:
+            low, high = values.min(), values.max()
+        places = np.linspace(low, high, points)
+        levels, ticks = places[:, None], None
+    rows = np.repeat(typical_row(encoded)[None, :], len(places), axis=0)
+    rows[:, columns] = levels
+    return Along(places, ticks, np.ascontiguousarray(rows, dtype=np.float64), values[:, 0], name)
+
+
+def _source(model: Any, X: Any, column: int | str) -> tuple[NDArray, list[int], list[str], str]:
+    """Encoded X, the encoded columns of one input, names of their levels, name of the input."""
     if hasattr(model, "posterior_"):
         encoder = model.encoder_
         encoded, names = np.asarray(encoder.transform(X), dtype=np.float64), encoder.feature_names
-        sources, posterior = list(encoder.source_columns), model.posterior_
+        sources = list(encoder.source_columns)
     else:
         encoded = array(X).astype(np.float64)
         names = [f"x{i}" for i in range(encoded.shape[-1])]
         sources = list(range(encoded.shape[-1]))
-        posterior, encoder = model, None
+        encoder = None
     if encoded.ndim != 2:
         raise OptionError("draws_along needs a table: images and sequences have no single inputs to follow.")
     if isinstance(column, str):
@@ -345,7 +366,7 @@ def _source(model: Any, X: Any, column: int | str) -> tuple[Any, NDArray, list[i
         raise DataError(f"There is no input {column}; the inputs are numbered 0 to {len(names) - 1}.")
     columns = [k for k, source in enumerate(sources) if source == column]
     known = encoder.levels[column] if encoder is not None else None
-    return posterior, encoded, columns, [str(level) for level in known or []], names[column]
+    return encoded, columns, [str(level) for level in known or []], names[column]
 
 
 def _level_labels(levels: NDArray, labels: list[str]) -> list[str]:

@@ -18,6 +18,7 @@ from fspace.predictive import (
     Samples,
     check_count,
     generator_for,
+    mixed,
     normalised_weights,
 )
 
@@ -73,6 +74,10 @@ class FunctionPosterior(ABC):
     def draw(self, n: int = 1, seed: int | None = None) -> FunctionDraws:
         """n functions from the posterior, at least one."""
 
+    def response(self, f: Tensor) -> Tensor:
+        """E[y | f] for values of the function: f itself, unless the observations have a link."""
+        return f
+
     def condition(self, x: Any, y: Any) -> FunctionPosterior:
         """The posterior after also seeing y [n] or [n, t] at x [n, d]; this one stays as it is."""
         raise OptionError(f"{type(self).__name__} cannot take in more observations; refit it with them.")
@@ -96,11 +101,11 @@ class MixturePosterior(FunctionPosterior):
         if any((m.num_outputs, m.num_inputs) != (self.num_outputs, self.num_inputs) for m in members):
             raise DataError("All members of a mixture must have the same numbers of inputs and outputs.")
 
-    def latent(self, x: Any) -> Mixture:
-        return Mixture([_gaussian(m.latent(x)) for m in self.members], self.weights)
+    def latent(self, x: Any) -> Predictive:
+        return mixed([m.latent(x) for m in self.members], self.weights)
 
-    def observed(self, x: Any) -> Mixture:
-        return Mixture([_gaussian(m.observed(x)) for m in self.members], self.weights)
+    def observed(self, x: Any) -> Predictive:
+        return mixed([m.observed(x) for m in self.members], self.weights)
 
     def draw(self, n: int = 1, seed: int | None = None) -> FunctionDraws:
         """n functions, each from a member picked with the probability of its weight."""
@@ -112,14 +117,17 @@ class MixturePosterior(FunctionPosterior):
         ]
         return FunctionDraws([pools[k].pop() for k in picks])
 
+    def response(self, f: Tensor) -> Tensor:
+        """E[y | f]: members share their link."""
+        return self.members[0].response(f)
+
     def condition(self, x: Any, y: Any) -> MixturePosterior:
-        """Every member takes in the observations; each weight is multiplied by how well it predicted them."""
-        scores = torch.stack([_gaussian(m.observed(x)).joint_log_prob(y).cpu() for m in self.members])
+        """Every member takes in the observations; each weight is multiplied by how well it predicted them (jointly,
+        where predictives are Gaussian; else one by one)."""
+        scores = torch.stack([_score(m.observed(x), y).cpu() for m in self.members])
         weights = torch.softmax(self.weights.log() + scores.detach(), dim=0)
         return MixturePosterior([m.condition(x, y) for m in self.members], weights)
 
 
-def _gaussian(predictive: Predictive) -> Gaussian:
-    if not isinstance(predictive, Gaussian):
-        raise OptionError(f"Members of a mixture must predict Gaussians, not {type(predictive).__name__}.")
-    return predictive
+def _score(predictive: Predictive, y: Any) -> Tensor:
+    return predictive.joint_log_prob(y) if isinstance(predictive, Gaussian) else predictive.log_prob(y).sum()

@@ -13,9 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import plots
+from . import class_plots, plots
 from .canvas import array
-from .scores import SCORES, baseline_scores, regression_scores, shown
+from .scores import (
+    CLASS_SCORES,
+    SCORES,
+    baseline_scores,
+    class_baseline_scores,
+    class_scores,
+    regression_scores,
+    shown,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,12 +57,30 @@ CAPTIONS = {
         "How strongly the fitted function varies with each input, as a share of one. It tells what "
         "the model uses, not what causes what."
     ),
+    "reliability": (
+        "Of the predictions that state 80%, 80% should be right, and so for every probability. Below the diagonal "
+        "the model is too sure, above it too cautious; bars are what chance allows."
+    ),
+    "confusion": "Each row is what was observed, each column what was predicted; the diagonal is right.",
+    "rejection": (
+        "If the rows that the model is least sure of are handed to a person, how good is it on the rest? The higher "
+        "the blue line above the pale one, the better it knows where it is wrong."
+    ),
+    "probability": (
+        "Probabilities while one input moves and the others stay as in a typical row. The bands are what the model "
+        "does not know about the function: more data would narrow them."
+    ),
     "draws": (
         "Functions drawn from the posterior while one input moves and the others stay as in a typical"
         " row. Where they part, the data do not decide. The strokes at the bottom are the data."
     ),
 }
 
+FREQUENCIES_ONLY = (
+    "<p class='note'>\"Frequencies only\" predicts the training part's class frequencies for every row. The "
+    "calibration error is the mean difference between the stated probability of the predicted class and how often it "
+    "is right; log-likelihoods are in nats.</p>"
+)
 MEAN_ONLY = (
     "<p class='note'>\"Mean only\" predicts the training targets' mean and standard deviation for every row. "
     "Errors and widths are in the units of the target, and so are the densities.</p>"
@@ -88,10 +114,16 @@ def report_html(
     says at X, where it is known already. X_train, y_train: for the function draws and the baseline. targets:
     names of the outputs. facts: further lines of the table of settings.
     """
-    title = title or f"{', '.join(targets)}: Gaussian process regression"
+    of_classes = hasattr(model, "classes_")
+    kind = "classification" if of_classes else "regression"
+    title = title or f"{', '.join(targets)}: Gaussian process {kind}"
     parts = [f"<h1>{escape(title)}</h1>"]
     if X is not None:
         predictive = predictive if predictive is not None else _predictive(model, X)
+    if X is not None and of_classes:
+        parts.append(_lead(len(array(y)), y_train, facts))
+        parts.append(_class_sections(model, y, predictive, y_train))
+    elif X is not None:
         outputs = range(len(targets))
         scores = [regression_scores(y, predictive, output=k) for k in outputs]
         base = [baseline_scores(y, y_train, output=k) for k in outputs] if y_train is not None else []
@@ -126,6 +158,21 @@ def report_html(
 # ---- parts of the page -----------------------------------------------------------------------------
 
 
+def _class_sections(model: Any, labels: Any, predictive: Any, labels_train: Any) -> str:
+    """Scores and diagnostics of predicted classes; labels are positions in model.classes_."""
+    scores, classes = class_scores(labels, predictive), model.classes_.tolist()
+    base = [] if labels_train is None else [class_baseline_scores(labels, labels_train, len(classes))]
+    table = _score_table(["class"], [scores], base, CLASS_SCORES, "frequencies only", FREQUENCIES_ONLY)
+    figures = [
+        _figure("reliability", class_plots.reliability, labels, predictive),
+        _figure("confusion", class_plots.confusion, labels, predictive, classes),
+        _figure("rejection", class_plots.accuracy_rejection, labels, predictive),
+    ]
+    cards = _cards(scores, ("accuracy", "log_likelihood", "brier", "ece"), CLASS_SCORES)
+    heading = "<h2>How good are the predictions?</h2>"
+    return cards + heading + _grid([*figures, f"<figure>{table}</figure>"])
+
+
 def _lead(n: int, y_train: Any, facts: Mapping[str, Any] | None) -> str:
     data = f" of {escape(str(facts['data']))}" if facts and "data" in facts else ""
     fitted = f"Fitted on {len(array(y_train)):,} rows{data}; " if y_train is not None else ""
@@ -140,32 +187,41 @@ def _predictive(model: Any, X: Any) -> Any:
         return model.predictive(X)
 
 
-def _cards(scores: Mapping[str, float]) -> str:
-    names = {key: name for key, name, _ in SCORES}
+def _cards(
+    scores: Mapping[str, float],
+    keys: Sequence[str] = ("rmse", "r2", "log_likelihood", "coverage_90"),
+    kinds: Sequence[tuple[str, str, bool | None]] = SCORES,
+) -> str:
+    names = {key: name for key, name, _ in kinds}
     cards = [
         f"<div class='card'><div class='value'>{shown(key, scores[key])}</div><div>{names[key]}</div></div>"
-        for key in ("rmse", "r2", "log_likelihood", "coverage_90")
+        for key in keys
     ]
     return f"<div class='cards'>{''.join(cards)}</div>"
 
 
 def _score_table(
-    targets: Sequence[str], scores: Sequence[Mapping[str, float]], base: Sequence[Mapping[str, float]]
+    targets: Sequence[str],
+    scores: Sequence[Mapping[str, float]],
+    base: Sequence[Mapping[str, float]],
+    kinds: Sequence[tuple[str, str, bool | None]] = SCORES,
+    simple: str = "mean only",
+    note: str | None = None,
 ) -> str:
-    """Scores down, targets across, each beside what the training mean and spread alone score."""
+    """Scores down, targets across, each beside what a simple rule without inputs scores."""
     head = "".join(
         f"<th>{escape(target) if len(targets) > 1 else 'this model'}</th>"
-        + ("<th class='dim'>mean only</th>" if base else "")
+        + (f"<th class='dim'>{simple}</th>" if base else "")
         for target in targets
     )
     rows = []
-    for key, name, _ in SCORES:
+    for key, name, _ in kinds:
         cells = ""
         for k in range(len(targets)):
             cells += f"<td>{shown(key, scores[k][key])}</td>"
             cells += f"<td class='dim'>{shown(key, base[k][key])}</td>" if base else ""
         rows.append(f"<tr><th>{name}</th>{cells}</tr>")
-    note = MEAN_ONLY if base else ""
+    note = (MEAN_ONLY if note is None else note) if base else ""
     return f"<div class='wide'><table><tr><th></th>{head}</tr>{''.join(rows)}</table></div>{note}"
 
 
@@ -193,6 +249,9 @@ def _learnt(model: Any, X: Any, targets: Sequence[str]) -> str:
     rows = _some_rows(X)
     order = [int(i) for i in np.argsort(-share, kind="stable")[:MOST_INPUTS]]
     size = WIDE if len(targets) == 1 else NARROW
+    if hasattr(model, "classes_"):
+        figures += [_figure("probability", class_plots.probability_along, model, rows, i) for i in order]
+        return "<h2>What did it learn?</h2>" + _grid(figures)
     draws = [
         [_figure("draws", plots.draws_along, model, rows, i, output=k, name=target, size=size) for i in order]
         for k, target in enumerate(targets[:MOST_OUTPUTS])

@@ -22,13 +22,16 @@ from fspace.canvas import column_of
 from fspace.columns import suggest
 from fspace.data import TableEncoder, check_target, load_diabetes_table, read_table, split_target, write_table
 from fspace.errors import DataError, ModelFileError, OptionError
-from fspace.estimators import GPRegressor
+from fspace.estimators import GPClassifier, GPRegressor
+from fspace.fitting import GPEstimator
 from fspace.predictive_base import check_seed
 from fspace.progress import progress
 from fspace.report import write_report
-from fspace.scores import baseline_scores, regression_scores
+from fspace.scores import baseline_scores, class_baseline_scores, class_scores, regression_scores
 from fspace.streams import PartWriter, read_parts
+from fspace.targets import check_labels
 
+TASKS = ("regression", "classification")
 DEFAULT_OUT = "fspace-out"
 MODEL, METRICS, PREDICTIONS, REPORT = "model.fspace", "metrics.json", "predictions.csv", "report.html"
 CHUNK = 20_000  # rows read, predicted and written at a time, so that memory does not grow with the table
@@ -46,7 +49,7 @@ class FitRun:
     test_fraction: float = 0.2
     out: str | None = None
     overwrite: bool = False
-    options: dict[str, Any] = field(default_factory=dict)  # of GPRegressor
+    options: dict[str, Any] = field(default_factory=dict)  # of the estimator
 
 
 def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
@@ -55,8 +58,8 @@ def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
     Raises a FspaceError before the fit for whatever can be known to be wrong by then. After Ctrl-C in the fit all is
     written about its best state so far, and "interrupted" is true.
     """
-    if run.task != "regression":
-        raise OptionError(f"task={run.task!r} does not exist; so far there is 'regression'.")
+    if run.task not in TASKS:
+        raise OptionError(f"task={run.task!r} does not exist; choose one of {', '.join(TASKS)}.")
     if not 0 <= run.test_fraction < 1:
         raise OptionError(f"test-fraction={run.test_fraction} must be at least 0 and below 1.")
     seed = check_seed(run.options.get("seed", 0))
@@ -66,15 +69,22 @@ def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
     ]:
         raise OptionError(f"--out {folder}: the results would replace {run.data}, which they are made from.")
     inputs, target, source = _load(run)
-    y = check_target(target)
-    one = y.shape[1] == 1
-    y = y[:, 0] if one else y
+    classes: np.ndarray | None = None
+    if run.task == "classification":
+        if target.shape[1] > 1:
+            raise OptionError("A classification has one --target; fit several classes of labels one by one.")
+        for option in ("inference", "likelihood"):
+            if run.options.get(option, "auto") != "auto":
+                raise OptionError(f"--{option} is for regressions; leave it out with --task classification.")
+        classes, y = check_labels(target.iloc[:, 0], len(target))
+    else:
+        y = _numbers(target)
     # over all rows, so that a bad cell is named by its row in the file, not by its row in the training part
     TableEncoder(missing=str(run.options.get("missing", "error"))).fit(inputs)
     train, test = _split(len(inputs), run.test_fraction, seed)
-    model = GPRegressor(
-        categories=list(run.categorical) or None, progress=False if quiet else "auto", **run.options
-    )
+    estimator = GPRegressor if classes is None else GPClassifier
+    own = {k: v for k, v in run.options.items() if classes is None or k not in ("inference", "likelihood")}
+    model = estimator(categories=list(run.categorical) or None, progress=False if quiet else "auto", **own)
     part = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:  # before the fit, so that nobody waits for results that then have no place
         part.mkdir()
@@ -82,7 +92,7 @@ def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
         raise OptionError(f"--out {folder}: the folder cannot be made ({error.strerror}).") from error
     try:
         started = time.perf_counter()
-        model.fit(inputs.iloc[train], (target.iloc[:, 0] if one else target).iloc[train])
+        model.fit(inputs.iloc[train], (target.iloc[:, 0] if target.shape[1] == 1 else target).iloc[train])
         seconds = time.perf_counter() - started
         with progress("measuring and writing the results", not quiet):
             results = _write(part, run, model, seconds, inputs, y, target, source, train, test)
@@ -107,7 +117,7 @@ def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
 def _write(
     part: Path,
     run: FitRun,
-    model: GPRegressor,
+    model: GPEstimator,
     seconds: float,
     inputs: pd.DataFrame,
     y: np.ndarray,
@@ -136,13 +146,21 @@ def _write(
         "versions": _versions(),
     }
     predictive = None
+    if isinstance(model, GPClassifier):
+        y = _positions(model, target)
     if len(test):
         with torch.no_grad():
             predictive = model.predictive(inputs.iloc[test])
-            for k, name in enumerate(names):
-                results["metrics"][name] = regression_scores(y[test], predictive, output=k)
-                results["baseline"][name] = baseline_scores(y[test], y[train], output=k)
-            table = _columns(predictive, names)
+            if isinstance(model, GPClassifier):
+                _require_known(y, test, target)
+                results["metrics"][names[0]] = class_scores(y[test], predictive)
+                count = len(model.classes_)
+                results["baseline"][names[0]] = class_baseline_scores(y[test], y[train], count)
+            else:
+                for k, name in enumerate(names):
+                    results["metrics"][name] = regression_scores(y[test], predictive, output=k)
+                    results["baseline"][name] = baseline_scores(y[test], y[train], output=k)
+            table = _columns(model, predictive, names)
         observed = {f"observed{_suffix(name, names)}": target[name].to_numpy()[test] for name in names}
         table = pd.concat([pd.DataFrame({"row": test, **observed}), table], axis=1)
         write_table(table, part / PREDICTIONS)
@@ -204,7 +222,7 @@ def predict_table(
                     part = part[[name for name in known if name in part.columns]]
                 with torch.no_grad():
                     x = torch.tensor(encoder.transform(part, rows), dtype=torch.float64)
-                    writer.write(_columns(fitted.posterior_.observed(x), names))
+                    writer.write(_columns(fitted, fitted.posterior_.observed(x), names))
                 rows += len(part)
                 tell(done=rows)
         os.replace(partial, target_file)
@@ -213,7 +231,10 @@ def predict_table(
     finally:  # a table that is refused half-way leaves nothing behind
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-    return {"rows": rows, "out": str(target_file), "targets": names, "notes": notes}
+    kinds = (
+        "predicted, probabilities" if isinstance(fitted, GPClassifier) else "mean, std, lower_90, upper_90"
+    )
+    return {"rows": rows, "out": str(target_file), "targets": names, "notes": notes, "columns": kinds}
 
 
 def load_model(path: str) -> Any:
@@ -303,8 +324,15 @@ def _split(n: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[held:]), np.sort(order[:held])
 
 
-def _columns(predictive: Any, names: Sequence[str]) -> pd.DataFrame:
-    """mean, std, lower_90 and upper_90 of each output."""
+def _columns(model: GPEstimator, predictive: Any, names: Sequence[str]) -> pd.DataFrame:
+    """mean, std, lower_90 and upper_90 of each output; or the predicted class, the probability of each, and what part
+    of the doubt is about the function (mutual information, nats)."""
+    if isinstance(model, GPClassifier):
+        probs = predictive.probs.cpu().numpy()
+        shares = {f"p_{label}": probs[:, k] for k, label in enumerate(model.classes_.tolist())}
+        doubt = {"entropy": predictive.entropy, "mutual_information": predictive.mutual_information}
+        numbers = {name: value.cpu().numpy() for name, value in doubt.items()}
+        return pd.DataFrame({"predicted": model.classes_[probs.argmax(axis=1)], **shares, **numbers})
     lower, upper = predictive.interval(0.9)
     columns = {}
     for k, name in enumerate(names):
@@ -317,6 +345,28 @@ def _columns(predictive: Any, names: Sequence[str]) -> pd.DataFrame:
         for kind, value in values:
             columns[f"{kind}{_suffix(name, names)}"] = column_of(value, k)
     return pd.DataFrame(columns)
+
+
+def _numbers(target: pd.DataFrame) -> np.ndarray:
+    """Targets of a regression, [n] or [n, t]."""
+    y = check_target(target)
+    return y[:, 0] if y.shape[1] == 1 else y
+
+
+def _positions(model: GPClassifier, target: pd.DataFrame) -> np.ndarray:
+    """For every row the position of its label in the model's classes; -1 for a label that it has not seen."""
+    at = {label: k for k, label in enumerate(model.classes_.tolist())}
+    return np.array([at.get(label, -1) for label in np.asarray(target.iloc[:, 0]).tolist()])
+
+
+def _require_known(y: np.ndarray, test: np.ndarray, target: pd.DataFrame) -> None:
+    unseen = test[y[test] < 0]
+    if len(unseen):
+        label = target.iloc[int(unseen[0]), 0]
+        raise DataError(
+            f"The class {label!r} (row {unseen[0]}) is in the rows held out but not in those fitted: it is too rare to "
+            "measure. Leave its rows out, take another --seed, or --test-fraction 0."
+        )
 
 
 def _suffix(name: str, names: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,14 @@ from torch import Tensor
 
 from fspace.errors import DataError, OptionError
 from fspace.gaussians import Gaussian, Mixture
-from fspace.predictive_base import Continuous, Predictive, as_tensor, check_count, generator_for
+from fspace.predictive_base import (
+    Continuous,
+    Predictive,
+    as_tensor,
+    check_count,
+    generator_for,
+    normalised_weights,
+)
 
 
 class Samples(Continuous):
@@ -91,10 +99,17 @@ class Samples(Continuous):
 class Categorical(Predictive):
     """Class probabilities [n, c], or samples of them [s, n, c] whose spread is what is not known.
 
-    Entropies are in nats. Source: Houlsby et al. (2011), eq. 1 (mutual information).
+    Entropies are in nats. joint(n, seed) gives probabilities [n, points, c] that are joint over the points, where the
+    samples hold for each point alone; weights [s] are for samples that are not equally likely.
+    Source: Houlsby et al. (2011), eq. 1 (mutual information).
     """
 
-    def __init__(self, probs: Any):
+    def __init__(
+        self,
+        probs: Any,
+        weights: Any = None,
+        joint: Callable[[int, int | None], Tensor] | None = None,
+    ):
         probs = as_tensor(probs, None, "probs")
         probs = probs if probs.is_floating_point() else probs.double()
         if probs.ndim not in (2, 3) or (probs.ndim == 3 and len(probs) == 0) or probs.shape[-1] == 0:
@@ -106,9 +121,30 @@ class Categorical(Predictive):
                 "Class probabilities must be non-negative and sum to one over the last dimension."
             )
         self.samples = probs if probs.ndim == 3 else probs[None]
-        self.probs: Float[Tensor, "n c"] = self.samples.mean(0)
+        self.weights = normalised_weights(weights, len(self.samples)).to(self.samples)
+        self.joint = joint
+        self.probs: Float[Tensor, "n c"] = torch.tensordot(self.weights, self.samples, dims=1)
         self.mean = self.probs
         self.variance = self.probs * (1 - self.probs)
+
+    @classmethod
+    def mixed(cls, parts: Sequence[Categorical], weights: Float[Tensor, " k"]) -> Categorical:
+        """The mixture of which one part is right; weights [k]."""
+        weights = weights.to(parts[0].weights)
+
+        def joint(n: int, seed: int | None) -> Tensor:
+            generator = generator_for(seed, torch.device("cpu"))
+            picks = torch.multinomial(weights.cpu(), n, replacement=True, generator=generator)
+            inner = int(torch.randint(2**31, (1,), generator=generator))
+            drawn = parts[0].probs.new_empty(n, *parts[0].probs.shape)
+            for k, part in enumerate(parts):
+                mine = (picks == k).nonzero()[:, 0].to(drawn.device)
+                if len(mine):
+                    drawn[mine] = part._draw(len(mine), inner + k)
+            return drawn
+
+        samples = torch.cat([part.samples for part in parts])
+        return cls(samples, torch.cat([w * part.weights for w, part in zip(weights, parts)]), joint)
 
     @property
     def entropy(self) -> Float[Tensor, " n"]:
@@ -126,7 +162,7 @@ class Categorical(Predictive):
 
     @property
     def aleatoric(self) -> Float[Tensor, " n"]:
-        return torch.special.entr(self.samples).sum(-1).mean(0)
+        return self.weights @ torch.special.entr(self.samples).sum(-1)
 
     @property
     def mode(self) -> Int[Tensor, " n"]:
@@ -147,7 +183,13 @@ class Categorical(Predictive):
     def rsample(self, n: int = 1, seed: int | None = None) -> Int[Tensor, "k n"]:
         """n draws of labels; one function sample for each, so joint over the points (not differentiable)."""
         generator = generator_for(seed, self.probs.device)
-        count = (check_count(n),)
-        picks = torch.randint(len(self.samples), count, generator=generator, device=self.probs.device)
-        drawn = [torch.multinomial(self.samples[i], 1, generator=generator)[:, 0] for i in picks.tolist()]
-        return torch.stack(drawn) if drawn else picks.new_empty((0, len(self.probs)))
+        if check_count(n) == 0:
+            return torch.empty((0, len(self.probs)), dtype=torch.long, device=self.probs.device)
+        return torch.stack([torch.multinomial(p, 1, generator=generator)[:, 0] for p in self._draw(n, seed)])
+
+    def _draw(self, n: int, seed: int | None) -> Float[Tensor, "k n c"]:
+        """Class probabilities of n functions."""
+        if self.joint is not None:
+            return self.joint(n, seed)
+        generator = generator_for(seed, self.probs.device)
+        return self.samples[torch.multinomial(self.weights, n, replacement=True, generator=generator)]

@@ -13,33 +13,43 @@ from pathlib import Path
 from typing import Any
 
 import gpytorch
+import numpy as np
 import torch
 from gpytorch.constraints import Positive
-from gpytorch.likelihoods import GaussianLikelihood
+from gpytorch.likelihoods import GaussianLikelihood, Likelihood
 from safetensors.torch import load as read_tensors
 from safetensors.torch import save as write_tensors
 
 from fspace import __version__
 from fspace.data import TableEncoder
 from fspace.errors import ModelFileError, NotFittedError
-from fspace.estimators import GPRegressor
+from fspace.estimators import GPClassifier, GPRegressor
+from fspace.fitting import GPEstimator
 from fspace.inference.basis import Basis, Site
 from fspace.inference.gp import GPPosterior, Scaling
+from fspace.inference.likelihoods import (
+    AnyLikelihood,
+    OffsetLikelihood,
+    likelihood_from_spec,
+    likelihood_to_spec,
+)
 from fspace.inference.noise import NoiseFunction
+from fspace.inference.nongaussian import LikelihoodPosterior
 from fspace.inference.numerics import pick_device
 from fspace.inference.optimise import gaussian_likelihood
 from fspace.kernels.describe import kernel_from_spec, kernel_to_spec
 from fspace.posterior import MixturePosterior
 
-FORMAT = 1
+FORMAT = 2
+ESTIMATORS: dict[str, type[GPEstimator]] = {"GPRegressor": GPRegressor, "GPClassifier": GPClassifier}
 SCALING = ("unit", "power", "shift", "scale", "y_shift", "y_scale")
 
 
-def save(model: GPRegressor, path: str | Path) -> Path:
+def save(model: GPEstimator, path: str | Path) -> Path:
     """Write a fitted estimator to `path`, in full or not at all. Raises NotFittedError, ModelFileError."""
     if not hasattr(model, "posterior_"):
         raise NotFittedError(
-            "This GPRegressor instance is not fitted yet: there is nothing to save. Call 'fit' first."
+            f"This {type(model).__name__} instance is not fitted yet: there is nothing to save. Call 'fit' first."
         )
     path = Path(path)
     if os.path.isdir(path) or not path.name:  # pathlib's raises for names that are too long
@@ -55,7 +65,7 @@ def save(model: GPRegressor, path: str | Path) -> Path:
     header = {
         "format": FORMAT,
         "fspace": __version__,
-        "estimator": "GPRegressor",
+        "estimator": type(model).__name__,
         "options": options,
         "encoder": model.encoder_.state(),
         "members": specs,
@@ -66,6 +76,8 @@ def save(model: GPRegressor, path: str | Path) -> Path:
         "relevance": model.relevance_.tolist(),
         "target_names": model.target_names_,
         "interrupted": model.interrupted_,
+        "budget": model.budget_,
+        "classes": _classes_to_json(model.classes_) if isinstance(model, GPClassifier) else None,
     }
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     content = json.dumps(header, default=_plain), write_tensors(tensors)
@@ -85,6 +97,11 @@ def save(model: GPRegressor, path: str | Path) -> Path:
     return path
 
 
+def _classes_to_json(classes: np.ndarray) -> dict[str, Any]:
+    dtype = "object" if classes.dtype.kind == "O" else classes.dtype.str
+    return {"values": classes.tolist(), "dtype": dtype}
+
+
 def _plain(value: Any) -> Any:
     """Options as JSON: numpy's numbers and arrays, torch's devices and types."""
     return value.tolist() if hasattr(value, "tolist") else str(value).removeprefix("torch.")
@@ -99,6 +116,9 @@ def _option(name: str, value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, GaussianLikelihood):
         tensors[f"option.{name}.noise"] = value.noise
         return {"noise": list(value.noise.shape)}
+    if isinstance(value, Likelihood):
+        tensors |= {f"option.{name}.{k}": v for k, v in value.state_dict().items()}
+        return likelihood_to_spec(value)
     return value
 
 
@@ -116,6 +136,10 @@ def _read_option(
         likelihood = GaussianLikelihood(noise_constraint=Positive(), batch_shape=own["noise"].shape[:-1])
         likelihood.to(own["noise"].dtype).noise = own["noise"]
         return likelihood
+    if isinstance(value, dict) and "likelihood" in value:
+        other = likelihood_from_spec(value)
+        other.load_state_dict(own)
+        return other
     return value
 
 
@@ -145,27 +169,31 @@ def _read_kernel(
 
 
 def _describe(member: GPPosterior, prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    basis, site = member.basis, member.site
+    basis = member.basis
     tensors |= {f"{prefix}kernel.{k}": v for k, v in basis.kernel.state_dict().items()}
     tensors |= {f"{prefix}likelihood.{k}": v for k, v in basis.likelihood.state_dict().items()}
     if basis.noise_function is not None:
         tensors |= {f"{prefix}noise_function.{k}": v for k, v in basis.noise_function.state_dict().items()}
     tensors |= {f"{prefix}scaling.{k}": getattr(member.scaling, k) for k in SCALING}
     tensors[f"{prefix}inducing_inputs"] = basis.inducing_inputs
-    tensors |= {f"{prefix}site.{k}": getattr(site, k) for k in ("precision", "shift", "log_scale")}
+    for i, site in enumerate(member.sites.values()):
+        tensors |= {f"{prefix}site{i}.{k}": getattr(site, k) for k in ("precision", "shift", "log_scale")}
     return {
         "kernel": kernel_to_spec(basis.kernel),
         "vector": member.vector,
         "outputs": member.num_outputs,
+        "likelihood": likelihood_to_spec(basis.likelihood.inner)
+        if isinstance(basis.likelihood, OffsetLikelihood)
+        else None,
         "basis_id": basis.id,
-        "count": site.count,
-        "site_id": site.site_id,
+        "sites": [
+            {"name": name, "count": site.count, "version": site.version}
+            for name, site in member.sites.items()
+        ],
     }
 
 
-def load(
-    path: str | Path, device: str = "auto", modules: Mapping[str, torch.nn.Module] | None = None
-) -> GPRegressor:
+def load(path: str | Path, device: str = "auto", modules: Mapping[str, torch.nn.Module] | None = None) -> Any:
     """Read a saved estimator; it predicts as it did, has the options it had, and needs no training data.
 
     modules: {"extractor": module} for a feature extractor that is not one of fspace's or torch's standard layers;
@@ -188,7 +216,9 @@ def load(
             raise ModelFileError(
                 f"{path} has format {header['format']}; this version of fspace reads format {FORMAT}."
             )
-        model = GPRegressor(**{k: _read_option(k, v, tensors, modules) for k, v in header["options"].items()})
+        model = ESTIMATORS[header["estimator"]](
+            **{k: _read_option(k, v, tensors, modules) for k, v in header["options"].items()}
+        )
         model.encoder_ = TableEncoder.from_state(header["encoder"])
         members = [
             _member(
@@ -204,7 +234,10 @@ def load(
         model.log_evidence_ = header["log_evidence"]
         model.history_, model.choice_ = header["history"], header["choice"]
         model.target_names_, model.interrupted_ = header["target_names"], header["interrupted"]
+        model.budget_ = header["budget"]
         model.relevance_ = torch.tensor(header["relevance"], dtype=torch.float64).numpy()
+        if isinstance(model, GPClassifier):
+            model.classes_ = np.array(header["classes"]["values"], dtype=header["classes"]["dtype"])
         model.n_features_in_ = model.encoder_.n_features_in_
         if hasattr(model.encoder_, "feature_names_in_"):
             model.feature_names_in_ = model.encoder_.feature_names_in_
@@ -223,17 +256,24 @@ def _member(
 
     where = tensors["inducing_inputs"].device
     kernel = _read_kernel(spec["kernel"], part("kernel"), modules, where).requires_grad_(False)
-    likelihood = gaussian_likelihood(spec["outputs"], 0.1, where)
+    likelihood: AnyLikelihood = gaussian_likelihood(spec["outputs"], 0.1, where)
+    described = spec.get("likelihood")
+    if described is not None:
+        likelihood = OffsetLikelihood(likelihood_from_spec(described), torch.zeros(spec["outputs"])).to(where)
     likelihood.load_state_dict(part("likelihood"))
     likelihood.eval().requires_grad_(False)
     basis = Basis(kernel, tensors["inducing_inputs"], likelihood, _noise_function(part("noise_function")))
     if basis.id != spec["basis_id"]:
         raise ModelFileError("A saved parameter differs from what was saved (the basis has another id).")
-    natural = part("site")
-    site = Site(
-        basis.id, natural["precision"], natural["shift"], natural["log_scale"], spec["count"], spec["site_id"]
-    )
-    return GPPosterior(basis, site, Scaling(**part("scaling")), spec["vector"])
+    sites = {}
+    for i, about in enumerate(spec["sites"]):
+        natural = part(f"site{i}")
+        numbers = natural["precision"], natural["shift"], natural["log_scale"]
+        sites[about["name"]] = Site(
+            basis.id, *numbers, about["count"], about["name"], version=about["version"]
+        )
+    kind = GPPosterior if described is None else LikelihoodPosterior
+    return kind(basis, sites, Scaling(**part("scaling")), spec["vector"])
 
 
 def _noise_function(tensors: dict[str, torch.Tensor]) -> NoiseFunction | None:

@@ -1,4 +1,4 @@
-"""Scores of a regression's predictions on held-out points, in the target's own units."""
+"""Scores of predictions on held-out points: of numbers in the target's own units, and of classes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .canvas import column_of, like, same_length
+from .canvas import array, column_of, like, same_length
 
 # In the order of tables: key, what a reader calls it, whether more is better (None: should equal the level).
 SCORES: tuple[tuple[str, str, bool | None], ...] = (
@@ -18,6 +18,47 @@ SCORES: tuple[tuple[str, str, bool | None], ...] = (
     ("coverage_90", "90% interval coverage", None),
     ("width_90", "90% interval width", False),
 )
+
+CLASS_SCORES: tuple[tuple[str, str, bool | None], ...] = (
+    ("accuracy", "accuracy", True),
+    ("log_likelihood", "log-likelihood per point", True),
+    ("brier", "Brier score", False),
+    ("ece", "calibration error", False),
+)
+BINS = 15  # of equal count, for the calibration error
+
+
+def class_scores(labels: Any, predictive: Any) -> dict[str, float]:
+    """Accuracy, mean log probability, Brier score (summed over classes) and expected calibration error of the predicted
+    class (15 bins of equal count). labels: positions of classes [n]; predictive: a Categorical at the same points."""
+    labels, probs = array(labels).astype(int), array(predictive.probs)
+    same_length(labels, probs)
+    return _class_scores(labels, probs)
+
+
+def class_baseline_scores(labels: Any, labels_train: Any, classes: int) -> dict[str, float]:
+    """The same of the training part's class frequencies (each counted once more), at every point."""
+    labels = array(labels).astype(int)
+    counts = np.bincount(array(labels_train).astype(int), minlength=classes) + 1.0
+    return _class_scores(labels, np.tile(counts / counts.sum(), (len(labels), 1)))
+
+
+def _class_scores(labels: np.ndarray, probs: np.ndarray) -> dict[str, float]:
+    rows = np.arange(len(labels))
+    hit = (probs.argmax(axis=1) == labels).astype(float)
+    stated = probs.max(axis=1)
+    order = np.argsort(stated, kind="stable")
+    parts = np.array_split(order, min(BINS, len(order)))
+    truth = np.zeros_like(probs)
+    truth[rows, labels] = 1.0
+    with np.errstate(divide="ignore"):  # a probability of 0 for what happened is infinitely bad
+        logs = np.log(probs[rows, labels])
+    return {
+        "accuracy": float(hit.mean()),
+        "log_likelihood": float(logs.mean()),
+        "brier": float(((probs - truth) ** 2).sum(axis=1).mean()),
+        "ece": float(sum(len(p) * abs(hit[p].mean() - stated[p].mean()) for p in parts) / len(order)),
+    }
 
 
 def regression_scores(y: Any, predictive: Any, *, output: int = 0) -> dict[str, float]:
@@ -61,4 +102,4 @@ def shown(key: str, value: float) -> str:
     """A score as a table shows it."""
     if not math.isfinite(value):
         return "n/a"
-    return f"{value:.1%}" if key == "coverage_90" else f"{value:.4g}"
+    return f"{value:.1%}" if key in ("coverage_90", "accuracy") else f"{value:.4g}"

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 import fspace
-from fspace import cli, estimators, runs
+from fspace import cli, fitting, runs
 from fspace.data import TableEncoder, read_table, write_table
 from fspace.errors import OptionError
 from fspace.inference.candidates import fit_plain
@@ -388,7 +388,7 @@ def test_ctrl_c_in_the_fit_keeps_the_best_state_and_writes_everything(run, house
         plan.record(stage=stage, loss=1.0, interrupted=True)
         return fit_plain(plan, kernel, scaling, stage)
 
-    monkeypatch.setattr(estimators, "fit_plain", interrupted)
+    monkeypatch.setattr(fitting, "fit_plain", interrupted)
     status, out, err = run(*FIT, "--out", "m")
     assert status == 130 and "RMSE" in out and out.rstrip().endswith("open m/report.html")
     assert err.count("\n") == 1 and "Interrupted" in err and "best state so far is kept" in err

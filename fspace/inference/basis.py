@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fspace.errors import OptionError
+from fspace.inference.likelihoods import AnyLikelihood, OffsetLikelihood
 from fspace.inference.noise import NoiseFunction
 from fspace.inference.numerics import cholesky, solve_lower
 from fspace.kernels.deep import embed, embedded_kernel
@@ -35,7 +36,7 @@ class Basis:
 
     kernel: Kernel
     inducing_inputs: Float[Tensor, "m p"]
-    likelihood: GaussianLikelihood
+    likelihood: AnyLikelihood
     noise_function: NoiseFunction | None = None
 
     @cached_property
@@ -45,6 +46,10 @@ class Basis:
         state = {f"kernel.{k}": v for k, v in self.kernel.state_dict().items()}
         state |= {f"likelihood.{k}": v for k, v in self.likelihood.state_dict().items()}
         state["inducing_inputs"] = self.inducing_inputs
+        if isinstance(
+            self.likelihood, OffsetLikelihood
+        ):  # which may have no parameter that tells it from another
+            digest.update(type(self.likelihood.inner).__name__.encode())
         if self.noise_function is not None:
             state |= {f"noise_function.{k}": v for k, v in self.noise_function.state_dict().items()}
         for name in sorted(state):
@@ -71,7 +76,8 @@ class Basis:
 
     @property
     def noise(self) -> Float[Tensor, " t"]:
-        """Noise variance of every output."""
+        """Noise variance of every output, where the noise is Gaussian."""
+        assert isinstance(self.likelihood, GaussianLikelihood)
         return self.likelihood.noise.detach()[..., 0]
 
     def log_noise_ratio(self, z: Float[Tensor, "*b n p"]) -> Float[Tensor, "*b n"]:

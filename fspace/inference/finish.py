@@ -25,8 +25,10 @@ from fspace.inference.collapsed import (
 )
 from fspace.inference.exact import leave_one_out
 from fspace.inference.inducing import greedy_variance
+from fspace.inference.likelihoods import OffsetLikelihood, predictive_log_density
 from fspace.inference.noise import fit_noise_function
 from fspace.inference.optimise import MIN_NOISE, lbfgs
+from fspace.inference.sites import Rows, converge, marginals
 from fspace.kernels.deep import SplitKernel, embed, embedded_kernel
 from fspace.kernels.evaluate import covariance
 
@@ -127,6 +129,30 @@ def finish_sparse(
     basis = replace(basis)
     sites = [site_from(basis, whitened), fit_site(basis, x_held, y_held, site_id="held out")]
     return Finished(basis, sites[0] + sites[1], log_evidence(sites), densities)
+
+
+def finish_sites(
+    kernel: Kernel,
+    likelihood: OffsetLikelihood,
+    x: Tensor,
+    y: Float[Tensor, "n t"],
+    weight: Float[Tensor, " n"] | None,
+    held_out: Int[Tensor, " h"],
+    most: int,
+    tolerance: float,
+) -> Finished:
+    """The posterior by natural-gradient sites on greedy inducing inputs: without the held-out rows to score it on
+    them, then of all rows."""
+    _freeze(kernel, likelihood)
+    rest = torch.ones(len(y), dtype=torch.bool, device=y.device)
+    rest[held_out] = False
+    basis = Basis(kernel, _inducing(kernel, x, most, tolerance), likelihood)
+    site, _ = converge(basis, x[rest], y[rest], None if weight is None else weight[rest])
+    with torch.no_grad():
+        held = Rows.of(basis, x[held_out], y[held_out])
+        densities = predictive_log_density(likelihood, held.y, *marginals(site, held))
+    site, evidence = converge(basis, x, y, weight, start=site)
+    return Finished(basis, site, evidence, densities)
 
 
 def _freeze(*modules: torch.nn.Module) -> None:

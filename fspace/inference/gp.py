@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -57,9 +60,11 @@ def yeo_johnson(x: Float[Tensor, "*b"], power: Float[Tensor, "*row"]) -> Float[T
 
 
 class GPPosterior(FunctionPosterior):
-    """Gaussian process posterior from a basis, the (summed) site and the scaling of inputs and outputs."""
+    """Gaussian process posterior from a basis, a site (or several, by name) and the scaling of inputs and outputs."""
 
-    def __init__(self, basis: Basis, site: Site, scaling: Scaling, vector: bool = True):
+    def __init__(self, basis: Basis, site: Site | Mapping[str, Site], scaling: Scaling, vector: bool = True):
+        self.sites = {site.site_id: site} if isinstance(site, Site) else dict(site)
+        site = reduce(operator.add, self.sites.values())
         self.basis, self.site, self.scaling = basis, site, scaling
         self.num_outputs = site.shift.shape[0]
         self.num_inputs = scaling.shift.shape[0]
@@ -73,17 +78,22 @@ class GPPosterior(FunctionPosterior):
         """Noise variance of every output, in squared units of y (where it varies: at a noise ratio of one)."""
         return self.basis.noise * self.scaling.y_scale.square()
 
-    def _inputs(self, x: Any) -> Tensor:
-        return self._embedded(self._numbers(x, "x"))
+    def with_sites(self, basis: Basis, sites: Mapping[str, Site]) -> GPPosterior:
+        """The same posterior of other sites."""
+        return type(self)(basis, sites, self.scaling, self.vector)
 
-    def _numbers(self, values: Any, name: str) -> Tensor:
+    def _inputs(self, x: Any) -> Tensor:
+        return self.embedded(self.numbers(x, "x"))
+
+    def numbers(self, values: Any, name: str) -> Tensor:
         """Values in float64. Raises DataError for what is no number: one NaN would spoil all that is said with it."""
         values = as_tensor(values, self.site.shift.device, name).to(torch.float64)
         if not bool(values.isfinite().all()):
             raise DataError(f"{name} holds NaN or infinite values; remove such rows.")
         return values
 
-    def _embedded(self, x: Tensor) -> Tensor:
+    def embedded(self, x: Tensor) -> Tensor:
+        """Rows as the kernel sees them. Raises DataError for another shape."""
         row = self.scaling.shift.shape  # [d], or [c, 1, 1] for images
         fits = x.ndim > len(row) and all(a in (1, b) for a, b in zip(row, x.shape[-len(row) :]))
         if not fits:
@@ -174,19 +184,28 @@ class GPPosterior(FunctionPosterior):
 
         Raises DataError for other shapes, NaN and infinity.
         """
-        x, y = self._numbers(x, "x"), self._numbers(y, "y")
+        x, y = self.numbers(x, "x"), self.numbers(y, "y")
         with torch.no_grad():
-            z = self._embedded(x)
-        if y.shape != (len(x), self.num_outputs) and not (self.num_outputs == 1 and y.shape == (len(x),)):
-            raise DataError(
-                f"y must have shape [{len(x)}, {self.num_outputs}] for x {tuple(x.shape)}; it has {tuple(y.shape)}."
-            )
+            z = self.embedded(x)
         if len(x) == 0:
             return self
-        y, scaled = y.reshape(len(x), -1), self.scaling.inputs(x)
+        basis = self.basis.grown(z)
+        sites = {name: site.padded(basis) for name, site in self.sites.items()}
+        name = f"condition {len(sites)}"
+        before = self.with_sites(basis, sites)
+        return self.with_sites(basis, {**sites, name: before.site_of(x, y, name)})
+
+    def site_of(self, x: Tensor, y: Any, site_id: str) -> Site:
+        """What y [n] or [n, t] at x [n, d] says, beside what the sites here say. Raises DataError for other shapes."""
+        y = self._observations(x, y, self.num_outputs)
         with torch.no_grad():
-            basis = self.basis.grown(z)
-            site = fit_site(
-                basis, scaled, (y - self.scaling.y_shift) / self.scaling.y_scale, site_id="condition"
+            modelled = (y - self.scaling.y_shift) / self.scaling.y_scale
+            return fit_site(self.basis, self.scaling.inputs(x), modelled, site_id=site_id)
+
+    def _observations(self, x: Tensor, y: Any, outputs: int) -> Float[Tensor, "n t"]:
+        y = self.numbers(y, "y")
+        if y.shape != (len(x), outputs) and not (outputs == 1 and y.shape == (len(x),)):
+            raise DataError(
+                f"y must have shape [{len(x)}, {outputs}] for x {tuple(x.shape)}; it has {tuple(y.shape)}."
             )
-        return GPPosterior(basis, self.site.padded(basis) + site, self.scaling, self.vector)
+        return y.reshape(len(x), -1)

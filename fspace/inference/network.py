@@ -1,8 +1,9 @@
-"""Training of a deep kernel's network: squared error first, then the collapsed bound over random batches.
+"""Training of a deep kernel's network: a linear head's error first, then the bound over random batches.
 
-Squared error under a linear head finds good features many times sooner than the bound does. The bound then shapes them
-for the kernel, with few inducing inputs: more make a step slower and train no better. Both stop on held-out rows. The
-batch objective is no bound on the evidence of all rows; the caller sets noise and signal by rows not trained on.
+The error (squared, or minus the log likelihood) under a linear head finds good features many times sooner than the
+bound does. The bound then shapes them for the kernel, with few inducing inputs: more make a step slower and train no
+better. Both stop on held-out rows. The batch objective is no bound on the evidence of all rows; the caller sets noise
+and signal by rows not trained on.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from fspace.errors import NumericalError
 from fspace.inference.basis import FIRST_JITTER
 from fspace.inference.collapsed import Statistics, bound_from
 from fspace.inference.inducing import greedy_variance
+from fspace.inference.likelihoods import OffsetLikelihood, functions
 from fspace.inference.numerics import cholesky, seeded, solve_lower
 from fspace.inference.optimise import Record, lengthscale_penalty
+from fspace.inference.site_training import fit_sites
 from fspace.kernels.deep import DeepKernel
 from fspace.kernels.evaluate import covariance, diagonal
 
@@ -29,6 +32,7 @@ INDUCING = 128  # of the training batches
 BATCH = 2048
 JUDGED = 4096  # rows behind held-out scores: the same at every look, or chance would stop the training
 CHECKS = 20  # looks at the held-out rows a phase
+SITE_STEPS, SITE_BATCH = 300, 1024  # minibatches of a likelihood that is not Gaussian
 PATIENCE = 6  # looks without a better one before a phase ends
 
 
@@ -52,7 +56,7 @@ def fit_network(
     rows = rest.nonzero()[:, 0]
     kernel.train()
     try:
-        error = _pretrain(kernel, x, y, rows, held_out, record, stage, generator)
+        error = _pretrain(kernel, x, y, rows, held_out, record, stage, generator, y.shape[1], _squared_error)
         likelihood.noise = error.clamp(1e-4, 1.0)[:, None].to(likelihood.noise)
         _tune(kernel, likelihood, x, y, rows, held_out, record, stage, generator)
     except KeyboardInterrupt:
@@ -61,6 +65,57 @@ def fit_network(
     finally:
         kernel.eval()
     return True
+
+
+def fit_network_sites(
+    kernel: DeepKernel,
+    likelihood: OffsetLikelihood,
+    x: Tensor,
+    y: Float[Tensor, "n t"],
+    weight: Float[Tensor, " n"] | None,
+    rows: Int[Tensor, " r"],
+    held_out: Int[Tensor, " h"],
+    record: Record,
+    stage: str,
+    generator: torch.Generator,
+) -> bool:
+    """The same for a likelihood that is not Gaussian: its log density under a linear head, then sites by minibatches.
+
+    Returns False after Ctrl-C, which also ends the training with the best state.
+    """
+
+    def loss(values: Tensor, target: Tensor) -> Tensor:
+        return -likelihood.row_log_density(target, values.to(torch.float64))
+
+    kernel.train()
+    try:
+        _pretrain(kernel, x, y, rows, held_out, record, stage, generator, functions(likelihood), loss, weight)
+    except KeyboardInterrupt:
+        record(stage=stage, interrupted=True)
+        return False
+    finally:
+        kernel.eval()
+    batch = min(SITE_BATCH, len(rows))
+    epochs = max(2, min(40, SITE_STEPS * batch // len(rows)))
+    fit_sites(
+        kernel,
+        likelihood,
+        x[rows],
+        y[rows],
+        INDUCING,
+        epochs,
+        batch,
+        generator,
+        record,
+        None if weight is None else weight[rows],
+        (x[held_out], y[held_out]),
+        stage,
+    )
+    return True
+
+
+def _squared_error(values: Tensor, target: Tensor) -> Tensor:
+    return (values - target).square()
 
 
 class _Best:
@@ -83,8 +138,13 @@ class _Best:
             module.load_state_dict(state)
 
 
-def _pretrain(kernel, x, y, rows, held_out, record, stage, generator) -> Float[Tensor, " t"]:  # type: ignore[no-untyped-def]
-    """The extractor under a throw-away linear head on squared error; returns the held-out mean squared error."""
+def _pretrain(  # type: ignore[no-untyped-def]
+    kernel, x, y, rows, held_out, record, stage, generator, outputs, loss_of, weight=None
+) -> Float[Tensor, " t"]:
+    """The extractor under a throw-away linear head of so many outputs; returns the mean held-out loss.
+
+    loss_of(values, target) gives the loss of every row (and output).
+    """
     batch = min(512, max(32, len(rows) // 16))
     steps = min(4000, max(800, 100 * len(rows) // batch))
     with torch.no_grad():
@@ -92,21 +152,22 @@ def _pretrain(kernel, x, y, rows, held_out, record, stage, generator) -> Float[T
     parameters = [p for p in kernel.extractor.parameters() if p.requires_grad]
     dtype = parameters[0].dtype if parameters else torch.float32
     with seeded(int(torch.randint(2**31, (1,), generator=generator))):
-        head = nn.Linear(width, y.shape[1]).to(device=y.device, dtype=dtype)
+        head = nn.Linear(width, outputs).to(device=y.device, dtype=dtype)
     optimiser = torch.optim.AdamW([*parameters, *head.parameters()], lr=1e-2, weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=steps)
     best = _Best(kernel.extractor, head)
     target = y.to(dtype)
 
     def errors(part: Tensor) -> Float[Tensor, " t"]:
-        blocks = (head(kernel.raw_features(x[b])) - target[b] for b in part.split(JUDGED))
-        return torch.cat(list(blocks)).square().mean(0)
+        blocks = [loss_of(head(kernel.raw_features(x[b])), target[b]) for b in part.split(JUDGED)]
+        return torch.cat(blocks).mean(0)
 
     try:
         for step in range(steps):
             pick = rows[torch.randint(len(rows), (batch,), generator=generator).to(rows.device)]
             optimiser.zero_grad()
-            loss = (head(kernel.raw_features(x[pick])) - target[pick]).square().mean()
+            losses = loss_of(head(kernel.raw_features(x[pick])), target[pick])
+            loss = losses.mean() if weight is None else (losses.mT * weight[pick]).mean()
             loss.backward()
             optimiser.step()
             schedule.step()

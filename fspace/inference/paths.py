@@ -29,7 +29,9 @@ def prior_path(kernel: Kernel, width: int, outputs: int, generator: torch.Genera
 
 def _spectral(kernel: Kernel, width: int, outputs: int, generator: torch.Generator) -> Path | None:
     kind = type(kernel)
-    if kernel.active_dims is not None:
+    dims = kernel.active_dims
+    passed_on = kind is ScaleKernel and kernel.base_kernel.active_dims is not None  # which then selects once
+    if dims is not None and not passed_on and kind not in (RBFKernel, MaternKernel):
         return None
     if kind is SplitKernel:
         left = _spectral(kernel.base, kernel.split, outputs, generator)
@@ -47,6 +49,7 @@ def _spectral(kernel: Kernel, width: int, outputs: int, generator: torch.Generat
     if kind not in (RBFKernel, MaternKernel):
         return None
     lengthscale = kernel.lengthscale.detach()
+    width = width if dims is None else len(dims)
     options = {"dtype": torch.float64, "device": lengthscale.device}
     omega = torch.randn(width, FEATURES, generator=generator, **options)
     if kind is MaternKernel:  # its spectral density is a multivariate t with 2 nu degrees of freedom
@@ -55,7 +58,7 @@ def _spectral(kernel: Kernel, width: int, outputs: int, generator: torch.Generat
     omega = omega / lengthscale.reshape(-1, 1)
     phase = 2 * math.pi * torch.rand(FEATURES, generator=generator, **options)
     weights = torch.randn(outputs, FEATURES, generator=generator, **options) * math.sqrt(2.0 / FEATURES)
-    return lambda z: weights @ torch.cos(z @ omega + phase).mT
+    return lambda z: weights @ torch.cos((z if dims is None else z[..., dims]) @ omega + phase).mT
 
 
 class _Remembered:

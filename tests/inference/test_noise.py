@@ -10,7 +10,8 @@ from torch.distributions import MultivariateNormal
 
 import fspace
 from fspace.inference.basis import Basis
-from fspace.inference.candidates import named_kernel, stacking_weights
+from fspace.inference.candidates import named_kernel
+from fspace.inference.choice import stacking_weights
 from fspace.inference.collapsed import fit_site, log_evidence
 from fspace.inference.finish import finish_exact, finish_sparse, vary_exact
 from fspace.inference.gp import GPPosterior, Scaling

@@ -14,17 +14,8 @@ from fspace.inference.basis import Basis
 from fspace.inference.collapsed import backward_bound, fit_site, log_evidence
 from fspace.inference.gp import GPPosterior, Scaling
 from fspace.inference.inducing import greedy_variance
-from fspace.inference.sites import (
-    POOL,
-    batch_site,
-    blend,
-    elbo,
-    empty_site,
-    expected_log_likelihood,
-    fit_sites,
-    moved,
-    natural_step,
-)
+from fspace.inference.site_training import POOL, fit_sites
+from fspace.inference.sites import Rows, batch_site, blend, elbo, empty_site, moved, natural_step
 from fspace.kernels.deep import DeepKernel
 from fspace.kernels.evaluate import covariance
 from fspace.kernels.extractors import MLP
@@ -45,12 +36,6 @@ def case():
     kernel = ScaleKernel(MaternKernel(2.5, ard_num_dims=3)).double()
     kernel.base_kernel.lengthscale = 1.3
     return kernel, gaussian(0.05, 0.2), x, y
-
-
-def seen(basis, x):
-    """What a bound needs to know of rows x."""
-    z = basis.embed(x)
-    return basis.whiten(z), basis.prior_variance(z)
 
 
 def assert_same(site, want, tolerance=1e-8):
@@ -112,21 +97,6 @@ def test_a_site_of_another_basis_is_refused(case):
         natural_step(site, Basis(kernel, x[:21], likelihood), x, y, 60, 1.0)
 
 
-def test_expected_log_likelihood_and_its_derivatives_are_the_integral_s():
-    generator = torch.Generator().manual_seed(0)
-    y = torch.randn(5, 2, generator=generator, dtype=torch.float64)
-    mean = torch.randn(2, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-    variance = torch.rand(2, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-    likelihood = gaussian(0.3, 0.7)
-    nodes, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(20))
-    f = mean + variance.sqrt() * nodes[:, None, None]
-    density = torch.distributions.Normal(f, likelihood.noise.detach().sqrt()).log_prob(y.mT)
-    integral = (weights[:, None, None] * density).sum(0) / math.sqrt(2 * math.pi)
-    g1, g2 = torch.autograd.grad(integral.sum(), (mean, variance))
-    for ours, want in zip(expected_log_likelihood(likelihood, y, mean, variance), (integral, g1, g2)):
-        assert torch.allclose(ours, want, atol=1e-10)
-
-
 # The bound
 
 
@@ -135,9 +105,9 @@ def test_at_the_collapsed_site_the_elbo_is_the_collapsed_bound_and_elsewhere_bel
     basis = Basis(kernel, x[:20], likelihood)
     site = fit_site(basis, x, y)
     best = log_evidence([site])
-    assert elbo(site, likelihood, *seen(basis, x), y, 60).item() == pytest.approx(best, rel=1e-8)
+    assert elbo(site, likelihood, Rows.of(basis, x, y), 60).item() == pytest.approx(best, rel=1e-8)
     for other in (empty_site(basis, 2), natural_step(site, basis, x[:30], y[:30], 60, 0.2)):
-        assert elbo(other, likelihood, *seen(basis, x), y, 60).item() < best - 1e-3
+        assert elbo(other, likelihood, Rows.of(basis, x, y), 60).item() < best - 1e-3
 
 
 def test_elbo_is_expected_log_likelihood_less_divergence(case):
@@ -154,7 +124,7 @@ def test_elbo_is_expected_log_likelihood_less_divergence(case):
         )
         fit = torch.distributions.Normal(latent.mean[:, t], s.sqrt()).log_prob(y[:, t])
         direct += (fit - latent.variance[:, t] / (2 * s)).sum() - torch.distributions.kl_divergence(q, prior)
-    assert elbo(site, likelihood, *seen(basis, x), y, 60).item() == pytest.approx(direct.item(), rel=1e-9)
+    assert elbo(site, likelihood, Rows.of(basis, x, y), 60).item() == pytest.approx(direct.item(), rel=1e-9)
 
 
 def bound_gradient(case, site, factor, rows, total):
@@ -164,7 +134,7 @@ def bound_gradient(case, site, factor, rows, total):
     new = torch.linalg.cholesky(covariance(kernel, x[:20]))
     here = moved(site, torch.linalg.solve_triangular(factor, new, upper=False))
     v = torch.linalg.solve_triangular(new, covariance(kernel, x[:20], x[rows]), upper=False)
-    value = elbo(here, likelihood, v, kernel(x[rows], diag=True), y[rows], total)
+    value = elbo(here, likelihood, Rows(v, kernel(x[rows], diag=True), y[rows]), total)
     return torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, parameters)])
 
 
@@ -211,8 +181,8 @@ def test_a_site_fixed_as_a_function_of_u_follows_the_signal_variance(case):
     best = log_evidence([fit_site(new, x, y)])
     with torch.no_grad():
         across = torch.linalg.solve_triangular(factor, new.factor, upper=False)
-        value = elbo(moved(site, across), likelihood, *seen(new, x), y, 60).item()
-        held_in_v = elbo(site, likelihood, *seen(new, x), y, 60).item()
+        value = elbo(moved(site, across), likelihood, Rows.of(new, x, y), 60).item()
+        held_in_v = elbo(site, likelihood, Rows.of(new, x, y), 60).item()
     assert value == pytest.approx(best, rel=1e-8)
     assert held_in_v < best - 1.0  # the twin: fixed in whitened coordinates
 
@@ -235,7 +205,7 @@ def test_blending_with_a_batch_is_linear_in_the_rate(case):
     kernel, likelihood, x, y = case
     basis = Basis(kernel, x[:20], likelihood)
     site = fit_site(basis, x, y)
-    batch = batch_site(site, likelihood, *seen(basis, x[:5]), y[:5], 60)
+    batch = batch_site(site, likelihood, Rows.of(basis, x[:5], y[:5]), 60)
     assert_same(blend(site, batch, 0.0), site)
     assert_same(blend(site, batch, 1.0), batch)
 

@@ -1,0 +1,135 @@
+"""Targets that are not plain numbers: labels, their weights, and numbers of a restricted kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from gpytorch.likelihoods import Likelihood
+from jaxtyping import Float, Int
+from sklearn.utils.class_weight import compute_class_weight
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import column_or_1d
+from torch import distributions
+
+from fspace.errors import DataError, OptionError
+
+KINDS = {  # what a distribution asks of y
+    distributions.constraints.nonnegative_integer: "whole numbers of at least 0",
+    distributions.constraints.positive: "positive numbers",
+    distributions.constraints.unit_interval: "numbers strictly between 0 and 1",
+}
+
+
+def check_support(y: Float[np.ndarray, "n t"], likelihood: Likelihood, vector: bool) -> None:
+    """Raises DataError, with the row, for a y that the likelihood cannot have made."""
+    with torch.no_grad():
+        support: Any = likelihood(torch.zeros(1, 1, dtype=torch.float64)).support
+    fine = support.check(torch.from_numpy(y)).numpy()
+    if support is distributions.constraints.unit_interval:  # at its ends, and at 0, densities may be infinite
+        fine = (y > 0) & (y < 1)
+    elif support in (distributions.constraints.nonnegative, distributions.constraints.positive):
+        support, fine = distributions.constraints.positive, y > 0
+    if not fine.all():
+        row, column = (int(i) for i in np.argwhere(~fine)[0])
+        where = f"row {row}" if vector else f"row {row}, column {column}"
+        raise DataError(
+            f"y holds {y[row, column]:g} ({where}), but {type(likelihood).__name__} is of "
+            f"{KINDS.get(support, str(support))}; {(~fine).sum()} value(s) are not. Choose another likelihood, or "
+            "mend y."
+        )
+
+
+def check_labels(y: Any, n: int, known: Any = None) -> tuple[np.ndarray, Int[np.ndarray, " n"]]:
+    """The classes, sorted, and the position of every row's. known: all classes there are (None: those in y).
+
+    Raises DataError for labels that cannot be used.
+    """
+    if y is None:
+        raise DataError("requires y to be passed, but the target y is None.")
+    if isinstance(y, list) and len({type(label) for label in y if label is not None}) > 1:
+        y = np.array(y, dtype=object)  # numpy would make text of numbers that stand beside text
+    values = np.asarray(y.cpu() if isinstance(y, torch.Tensor) else y)
+    missing = np.asarray(pd.isna(values)).reshape(len(values), -1).any(axis=1) if values.ndim else None
+    if missing is not None and missing.any():
+        rows = np.flatnonzero(missing)
+        raise DataError(f"y is NaN or missing in row {rows[0]} ({len(rows)} in all); remove such rows.")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise DataError(f"y is infinite in row {int(np.flatnonzero(~np.isfinite(values))[0])}.")
+    if values.dtype == object:
+        kinds = {type(value) for value in values.reshape(-1)}
+        if kinds & {str, np.str_} and kinds - {str, np.str_}:
+            raise DataError(
+                f"y mixes labels of different kinds ({', '.join(sorted(k.__name__ for k in kinds))}); make them alike."
+            )
+    try:
+        values = column_or_1d(values, warn=True)
+        check_classification_targets(values)
+    except ValueError as error:
+        raise DataError(f"{error}") from error
+    if len(values) != n:
+        raise DataError(f"X has {n} rows, but y has {len(values)}.")
+    classes, labels = np.unique(values, return_inverse=True)
+    if known is not None:
+        known = np.unique(np.asarray(known))
+        strange = [label for label in classes.tolist() if label not in known.tolist()]
+        if strange:
+            row = values.tolist().index(strange[0])
+            raise DataError(
+                f"y holds the class {strange[0]!r} (row {row}), which is not among the classes {known.tolist()[:20]}. "
+                "Fit anew with it, or name all classes in the first call."
+            )
+        at = {label: k for k, label in enumerate(known.tolist())}
+        classes, labels = known, np.array([at[label] for label in values.tolist()])
+    if len(classes) < 2:
+        raise DataError(
+            f"y holds one class only ({classes[0]!r}); a classifier needs at least 2 classes to tell apart."
+        )
+    return classes, labels.reshape(-1)
+
+
+def check_weights(sample_weight: Any, n: int) -> Float[np.ndarray, " n"] | None:
+    """How often each row counts; None where all count once. Raises DataError for what cannot be weights."""
+    if sample_weight is None:
+        return None
+    try:
+        weight = np.asarray(sample_weight, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"sample_weight holds no numbers ({error}).") from error
+    if weight.shape not in ((n,), ()):
+        raise DataError(
+            f"sample_weight has shape {list(weight.shape)}; give one number for each of the {n} rows of X. "
+            "Sample weights must be 1D array or scalar."
+        )
+    weight = np.broadcast_to(weight, (n,))
+    bad = ~np.isfinite(weight) | (weight < 0)
+    if bad.any() or weight.sum() <= 0:
+        row = int(np.flatnonzero(bad)[0]) if bad.any() else 0
+        raise DataError(
+            f"sample_weight must be finite and at least 0, and not zero everywhere; row {row} has {weight[row]:g}."
+        )
+    return np.ones(n) * weight
+
+
+def balanced(
+    weight: Float[np.ndarray, " n"] | None,
+    class_weight: Any,
+    classes: np.ndarray,
+    labels: Int[np.ndarray, " n"],
+) -> Float[np.ndarray, " n"] | None:
+    """The weights times those of the classes. Raises OptionError for a class_weight that is none."""
+    if class_weight is None:
+        return weight
+    if class_weight != "balanced" and not isinstance(class_weight, dict):
+        raise OptionError(
+            f"class_weight={class_weight!r} must be None, 'balanced', or a dict from class to weight."
+        )
+    try:
+        of_class = compute_class_weight(class_weight, classes=classes, y=classes[labels])
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"class_weight={class_weight!r}: {error}") from error
+    if not (np.isfinite(of_class) & (of_class > 0)).all():
+        raise OptionError(f"class_weight={class_weight!r}: every class needs a positive, finite weight.")
+    return of_class[labels] if weight is None else weight * of_class[labels]

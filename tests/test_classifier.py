@@ -1,0 +1,222 @@
+"""GPClassifier: scikit-learn's own checks, real data, weights, saving, refusals."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.datasets import load_breast_cancer, load_digits, load_iris
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.model_selection import GridSearchCV, train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import estimator_checks_generator
+
+import fspace
+from fspace.errors import DataError, FspaceError, OptionError
+from fspace.predictive import Categorical
+
+CHECKS = list(estimator_checks_generator(fspace.GPClassifier(kernel="matern")))
+
+
+@pytest.mark.parametrize(("estimator", "check"), CHECKS, ids=[c.func.__name__ for _, c in CHECKS])
+def test_scikit_learn_check(estimator, check):
+    check(estimator)
+
+
+@pytest.fixture(scope="module")
+def cancer():
+    X, y = load_breast_cancer(return_X_y=True)
+    return train_test_split(X, y, test_size=0.3, random_state=0)
+
+
+@pytest.fixture(scope="module")
+def plain(cancer):
+    X, _, y, _ = cancer
+    return fspace.GPClassifier(kernel="matern").fit(X, y)
+
+
+def test_two_classes_are_told_apart_as_well_as_by_a_linear_model(cancer, plain):
+    X, X_test, y, y_test = cancer
+    linear = make_pipeline(StandardScaler(), LogisticRegression()).fit(X, y)
+    ours, theirs = (log_loss(y_test, m.predict_proba(X_test)) for m in (plain, linear))
+    assert ours < theirs + 0.03 and plain.score(X_test, y_test) > 0.95
+    assert isinstance(plain.predictive(X_test), Categorical)
+    lowest, first = (min(h["loss"] for h in plain.history_), plain.history_[0]["loss"])
+    assert lowest < first and np.isfinite(plain.log_evidence_)
+
+
+def test_probabilities_are_calibrated_where_classes_overlap():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(1500, 2))
+    truth = 1 / (1 + np.exp(-2 * X[:, 0] * X[:, 1]))
+    y = rng.random(1500) < truth
+    model = fspace.GPClassifier(kernel="matern").fit(X[:1000], y[:1000])
+    probs = model.predict_proba(X[1000:])[:, 1]
+    assert np.abs(probs - truth[1000:]).mean() < 0.08
+    assert np.abs(0.5 - truth[1000:]).mean() > 0.16  # the twin: always one half
+    assert model.classes_.dtype == bool
+
+
+@pytest.mark.parametrize("kernel", ["matern", "deep"])
+def test_many_classes(kernel):
+    X, y = load_digits(return_X_y=True)
+    X, X_test, y, y_test = train_test_split(X, y, test_size=500, random_state=0, stratify=y)
+    model = fspace.GPClassifier(kernel=kernel, members=1).fit(X, y)
+    probs = model.predict_proba(X_test)
+    assert probs.shape == (500, 10) and np.allclose(probs.sum(1), 1)
+    assert model.score(X_test, y_test) > 0.95 and log_loss(y_test, probs) < 0.25
+
+
+def test_auto_chooses_by_rows_it_has_not_seen(cancer):
+    X, X_test, y, y_test = cancer
+    model = fspace.GPClassifier(members=1).fit(X, y)
+    assert set(model.choice_["scores"]) == {"matern", "deep 1"}
+    assert log_loss(y_test, model.predict_proba(X_test)) < 0.15
+
+
+def test_labels_of_any_kind_come_back():
+    X, y = load_iris(return_X_y=True)
+    names = np.array(["setosa", "versicolor", "virginica"])[y]
+    for labels in (names, pd.Series(names, name="species"), y + 7, names.astype(object)):
+        model = fspace.GPClassifier(kernel="rbf").fit(X, labels)
+        assert model.score(X, labels) > 0.93
+    assert fspace.GPClassifier(kernel="rbf").fit(X, pd.Series(names, name="species")).target_names_ == [
+        "species"
+    ]
+
+
+def test_rare_classes_count_more_when_asked():
+    rng = np.random.default_rng(1)
+    X = np.concatenate([rng.normal(size=(300, 2)), rng.normal(1.2, 1.0, size=(30, 2))])
+    y = np.repeat([0, 1], [300, 30])
+    plain = fspace.GPClassifier(kernel="matern").fit(X, y)
+    even = fspace.GPClassifier(kernel="matern", class_weight="balanced").fit(X, y)
+    assert abs(plain.predict_proba(X)[:, 1].mean() - 1 / 11) < 0.03
+    assert even.predict(X).mean() > 2 * plain.predict(X).mean()
+
+
+def test_grid_search_and_pipeline(cancer):
+    X, _, y, _ = cancer
+    search = GridSearchCV(
+        make_pipeline(StandardScaler(), fspace.GPClassifier(inducing=32)),
+        {"gpclassifier__kernel": ["matern", "rbf"]},
+        cv=2,
+    ).fit(X[:150], y[:150])
+    assert search.best_score_ > 0.85
+
+
+def test_a_saved_classifier_predicts_the_same_in_another_process(cancer, plain, tmp_path):
+    X_test = cancer[1]
+    plain.save(tmp_path / "m.fspace")
+    np.save(tmp_path / "x.npy", X_test)
+    script = (
+        "import sys, numpy as np, fspace; m = fspace.load(sys.argv[1]); "
+        "np.save(sys.argv[3], m.predict_proba(np.load(sys.argv[2]))); print(type(m).__name__, m.classes_)"
+    )
+    files = [str(tmp_path / name) for name in ("m.fspace", "x.npy", "p.npy")]
+    done = subprocess.run([sys.executable, "-c", script, *files], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "GPClassifier [0 1]"
+    assert np.array_equal(np.load(files[2]), plain.predict_proba(X_test))
+
+
+@pytest.mark.parametrize(
+    "labels", [np.array(["a", "b", "c"] * 20), np.array(["a", "b", "c"] * 20, dtype=object)]
+)
+def test_saved_text_labels_keep_their_type(labels, tmp_path):
+    X = np.random.default_rng(0).normal(size=(60, 2))
+    model = fspace.GPClassifier(kernel="rbf", inducing=20).fit(X, labels)
+    again = fspace.load(model.save(tmp_path / "m.fspace"))
+    assert again.classes_.dtype == model.classes_.dtype and (again.predict(X) == model.predict(X)).all()
+
+
+X3 = np.arange(12.0).reshape(6, 2)
+
+
+@pytest.mark.parametrize(
+    ("y", "words"),
+    [
+        (["a"] * 6, "one class only"),
+        ([0, 1, np.nan, 0, 1, 0], "row 2"),
+        ([0, 1, None, 0, 1, 0], "row 2"),
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.61], "continuous|Unknown label"),
+        ([0, 1, 0], "6 rows, but y has 3"),
+        (["a", 1, "b", 2, "a", 1], "mixes labels"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_refused(y, words):
+    with pytest.raises(DataError, match=words):
+        fspace.GPClassifier().fit(X3, y)
+
+
+@pytest.mark.parametrize(
+    ("options", "fit", "words"),
+    [
+        ({"class_weight": "even"}, {}, "class_weight"),
+        ({"class_weight": {0: -1.0}}, {}, "positive"),
+        ({"kernel": "cubic"}, {}, "kernel"),
+        ({}, {"sample_weight": [1.0] * 5}, "sample_weight"),
+        ({}, {"sample_weight": [1.0, np.nan] * 3}, "row 1"),
+        ({}, {"sample_weight": [0.0] * 6}, "not zero everywhere"),
+    ],
+)
+def test_options_and_weights_that_cannot_be_used_are_refused(options, fit, words):
+    with pytest.raises(FspaceError, match=words):
+        fspace.GPClassifier(**options).fit(X3, [0, 1, 0, 1, 0, 1], **fit)
+
+
+# ---- regression under other likelihoods ------------------------------------------------------------
+
+
+def test_counts_have_honest_intervals_and_beat_gaussian_noise():
+    rng = np.random.default_rng(0)
+    X = rng.uniform(-2, 2, size=(900, 2))
+    y = rng.poisson(np.exp(1.0 + np.sin(2 * X[:, 0])))
+    scores = {}
+    for likelihood in ("poisson", "negative_binomial", "gaussian"):
+        model = fspace.GPRegressor(kernel="matern", likelihood=likelihood).fit(X[:600], y[:600])
+        predictive = model.predictive(X[600:])
+        scores[likelihood] = predictive.log_prob(y[600:]).mean().item()
+        if likelihood == "poisson":
+            lower, upper = predictive.interval(0.9)
+            inside = ((y[600:] >= lower.numpy()) & (y[600:] <= upper.numpy())).mean()
+            assert 0.87 < inside < 0.99
+            assert np.corrcoef(model.predict(X[600:]), np.exp(1 + np.sin(2 * X[600:, 0])))[0, 1] > 0.97
+    assert scores["poisson"] > scores["gaussian"] + 0.05
+    assert abs(scores["negative_binomial"] - scores["poisson"]) < 0.05
+
+
+def test_heavy_tails_do_not_drag_the_function():
+    rng = np.random.default_rng(0)
+    X = np.sort(rng.uniform(-3, 3, size=(300, 1)), axis=0)
+    truth = np.sin(2 * X[:, 0])
+    y = truth + 0.1 * rng.standard_normal(300)
+    y[::10] += 8.0
+    errors = {}
+    for likelihood in ("student_t", "gaussian"):
+        model = fspace.GPRegressor(kernel="rbf", likelihood=likelihood).fit(X, y)
+        errors[likelihood] = np.sqrt(np.mean((model.posterior_.latent(X).mean.detach().numpy() - truth) ** 2))
+    assert errors["student_t"] < 0.15 < 0.3 < errors["gaussian"]
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "y", "words"),
+    [
+        ("poisson", [1, 2, 0.5, 1, 1, 1], "row 2"),
+        ("poisson", [1, 2, -1, 1, 1, 1], "row 2"),
+        ("gamma", [1.0, 0.0, 1.0, 1.0, 1.0, 2.0], "row 1"),
+        ("beta", [0.1, 0.2, 1.0, 0.3, 0.4, 0.5], "row 2"),
+    ],
+)
+def test_targets_that_a_likelihood_cannot_have_made_are_refused(likelihood, y, words):
+    with pytest.raises(DataError, match=words):
+        fspace.GPRegressor(likelihood=likelihood).fit(X3, y)
+
+
+def test_a_likelihood_that_does_not_fit_the_options_is_refused():
+    with pytest.raises(OptionError, match="sites"):
+        fspace.GPRegressor(likelihood="poisson", inference="exact").fit(X3, [1, 2, 3, 4, 5, 6])
+    with pytest.raises(OptionError, match="GPClassifier"):
+        fspace.GPRegressor(likelihood="bernoulli").fit(X3, [0, 1, 0, 1, 0, 1])

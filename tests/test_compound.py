@@ -1,0 +1,125 @@
+"""Predictives of observations that are not Gaussian, against closed forms and Monte Carlo."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate, stats
+from torch import distributions
+
+from fspace.compound import Compound
+from fspace.errors import OptionError
+from fspace.gaussians import Gaussian, Mixture
+
+MEAN = torch.tensor([0.2, 1.0, -0.5], dtype=torch.float64)
+VARIANCE = torch.tensor([0.3, 0.1, 0.6], dtype=torch.float64)
+KINDS = {
+    "poisson": lambda f: distributions.Poisson(f.exp(), validate_args=False),
+    "negative_binomial": lambda f: distributions.NegativeBinomial(
+        torch.tensor(2.5).double(), logits=f - math.log(2.5), validate_args=False
+    ),
+    "student_t": lambda f: distributions.StudentT(torch.tensor(5.0).double(), f, 0.7, validate_args=False),
+    "laplace": lambda f: distributions.Laplace(f, torch.tensor(0.6).double(), validate_args=False),
+    "gamma": lambda f: distributions.Gamma(
+        torch.tensor(3.0).double(), 3.0 * torch.exp(-f), validate_args=False
+    ),
+    "beta": lambda f: distributions.Beta(
+        1 + 4 * torch.sigmoid(f), 1 + 4 * torch.sigmoid(-f), validate_args=False
+    ),
+}
+
+
+def latent():
+    return Gaussian(MEAN, VARIANCE, torch.diag(VARIANCE))
+
+
+def drawn(kind, n=200_000):
+    generator = torch.Generator().manual_seed(0)
+    f = MEAN + VARIANCE.sqrt() * torch.randn(n, 3, generator=generator, dtype=torch.float64)
+    torch.manual_seed(1)
+    return KINDS[kind](f).sample()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_moments_cdf_and_quantiles_are_the_monte_carlo_ones(kind):
+    predictive, samples = Compound(latent(), KINDS[kind]), drawn(kind)
+    n = len(samples)
+    assert ((predictive.mean - samples.mean(0)).abs() < 5 * samples.std(0) / math.sqrt(n)).all()
+    assert torch.allclose(predictive.variance, samples.var(0), rtol=0.08)
+    assert not torch.allclose(predictive.aleatoric, samples.var(0), rtol=0.02)  # the twin: noise alone
+    for p in (0.05, 0.5, 0.9):
+        q = predictive.quantile(p)
+        below, at_most = (samples < q - 1e-9).double().mean(0), (samples <= q + 1e-9).double().mean(0)
+        error = 4 * math.sqrt(p * (1 - p) / n)
+        assert ((below < p + error) & (at_most > p - error)).all()
+        assert ((predictive.cdf(q) - at_most).abs() < error + 1e-3).all()
+
+
+@pytest.mark.parametrize("kind", ["poisson", "negative_binomial"])
+def test_probabilities_of_counts_sum_to_one(kind):
+    predictive = Compound(latent(), KINDS[kind])
+    total = sum(predictive.log_prob(torch.full((3,), float(k)).double()).exp() for k in range(400))
+    assert torch.allclose(total, torch.ones(3).double(), atol=1e-6)
+    assert (predictive.log_prob(torch.tensor([0.5, -1.0, 2.5]).double()) == -math.inf).all()
+
+
+@pytest.mark.parametrize("kind", ["student_t", "laplace", "gamma", "beta"])
+def test_densities_integrate_to_one_in_the_units_of_y(kind):
+    predictive = Compound(latent(), KINDS[kind], shift=2.0, scale=3.0)
+    low, high = {"gamma": (2.0, 400.0), "beta": (2.0, 5.0)}.get(kind, (-300.0, 300.0))
+    grid = torch.linspace(low + 1e-6, high - 1e-6, 200_001, dtype=torch.float64)
+    for i in range(3):
+        one = Compound(Gaussian(MEAN[i : i + 1], VARIANCE[i : i + 1]), KINDS[kind], 2.0, 3.0)
+        density = torch.cat([one.log_prob(y[None]) for y in grid[::200]]).exp().detach().numpy()
+        assert integrate.simpson(density, x=grid[::200].numpy()) == pytest.approx(1.0, abs=0.02)
+    assert torch.allclose(predictive.mean, 2.0 + 3.0 * Compound(latent(), KINDS[kind]).mean)
+    again = Compound(latent(), KINDS[kind]).affine(2.0, 3.0)
+    assert torch.allclose(predictive.quantile(0.3), again.quantile(0.3))
+
+
+def test_gaussian_given_gaussian_is_gaussian():
+    ours = Compound(latent(), lambda f: distributions.Normal(f, 0.5))
+    want = Gaussian(MEAN, VARIANCE + 0.25, None, torch.full_like(MEAN, 0.25))
+    y = torch.tensor([0.0, 2.0, -1.0], dtype=torch.float64)
+    for name in ("mean", "variance", "epistemic", "aleatoric"):
+        assert torch.allclose(getattr(ours, name), getattr(want, name), atol=1e-9), name
+    assert torch.allclose(ours.log_prob(y), want.log_prob(y), atol=1e-9)
+    assert torch.allclose(ours.cdf(y), want.cdf(y), atol=1e-9)
+    assert torch.allclose(torch.stack(ours.interval(0.9)), torch.stack(want.interval(0.9)), atol=1e-8)
+
+
+def test_samples_are_joint_over_the_points():
+    covariance = torch.tensor([[1.0, 0.95], [0.95, 1.0]], dtype=torch.float64)
+    joint = Gaussian(torch.full((2,), 3.0).double(), torch.ones(2).double(), covariance)
+    samples = Compound(joint, KINDS["poisson"]).rsample(4000, seed=0)
+    assert torch.corrcoef(samples.mT)[0, 1] > 0.7
+    apart = Gaussian(joint.mean, joint.variance, torch.eye(2).double())  # the twin
+    assert torch.corrcoef(Compound(apart, KINDS["poisson"]).rsample(4000, seed=0).mT)[0, 1].abs() < 0.1
+    assert torch.equal(samples, Compound(joint, KINDS["poisson"]).rsample(4000, seed=0))
+
+
+def test_mixtures_of_counts_have_whole_quantiles():
+    other = Gaussian(MEAN + 2.0, VARIANCE)
+    mixture = Mixture([Compound(latent(), KINDS["poisson"]), Compound(other, KINDS["poisson"])], [0.4, 0.6])
+    q = mixture.quantile(0.7)
+    assert torch.allclose(q, q.round(), atol=1e-9)
+    q = q.round()
+    assert (mixture.cdf(q) >= 0.7).all() and (mixture.cdf(q - 1.0) < 0.7).all()
+
+
+def test_a_distribution_scipy_does_not_know_is_refused_by_name():
+    odd = Compound(latent(), lambda f: distributions.Gumbel(f, 1.0))
+    assert torch.isfinite(odd.log_prob(MEAN)).all()
+    with pytest.raises(OptionError, match="Gumbel"):
+        odd.quantile(0.5)
+
+
+def test_scipy_has_the_same_negative_binomial():
+    f = torch.tensor([0.7], dtype=torch.float64)
+    ours = Compound(Gaussian(f, torch.zeros(1).double()), KINDS["negative_binomial"])
+    want = stats.nbinom(2.5, 2.5 / (2.5 + math.exp(0.7)))
+    counts = np.arange(6.0)
+    got = [ours.log_prob(torch.tensor([k])).item() for k in counts]
+    assert np.allclose(got, want.logpmf(counts))
+    assert ours.cdf(torch.tensor([3.0])).item() == pytest.approx(want.cdf(3))
