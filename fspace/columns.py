@@ -16,6 +16,7 @@ from sklearn.preprocessing import OneHotEncoder
 from .errors import DataError
 
 # The square of anything larger overflows float64, so no variance of it exists.
+ROWS_AT_ONCE = 8192  # of images and sequences, which may be on disk, that are looked at together
 LARGEST_VALUE = 1e150
 
 
@@ -208,6 +209,21 @@ def require_finite(
             elif values.ndim > 2:
                 column = f"position {tuple(where[1:])}"
             raise DataError(missing_message(what, first_row + where[0], column, int(bad.sum()), x))
+
+
+def require_finite_rows(values: NDArray, first_row: int = 0) -> None:
+    """`require_finite` of images and sequences, some rows at a time; steps at the end of a sequence [n, t, d] that are
+    NaN throughout are no values, but its being shorter than others."""
+    for start in range(0, len(values), ROWS_AT_ONCE):
+        part = np.asarray(values[start : start + ROWS_AT_ONCE])
+        if part.ndim == 3 and part.dtype.kind == "f" and np.isnan(part[:, -1:]).any():
+            empty = np.isnan(part).all(axis=2)
+            tail = np.flip(np.logical_and.accumulate(np.flip(empty, axis=1), axis=1), axis=1)
+            if tail.all(axis=1).any():
+                row = first_row + start + int(np.flatnonzero(tail.all(axis=1))[0])
+                raise DataError(f"X: the sequence in row {row} has no step that is not NaN; leave it out.")
+            part = np.where(tail[:, :, None], 0.0, part)
+        require_finite(part, first_row=first_row + start)
 
 
 def missing_message(what: str, row: int, column: str | None, count: int, x: str = "X") -> str:

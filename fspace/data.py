@@ -24,6 +24,7 @@ from .columns import (
     one_hot,
     refuse_text,
     require_finite,
+    require_finite_rows,
     suggest,
 )
 from .datasets import load_diabetes_table, load_flights, load_uci, read_table, write_table
@@ -84,7 +85,7 @@ class TableEncoder:
         if isinstance(table, np.ndarray) and table.ndim > 2:
             if table.size == 0:
                 raise DataError(f"X has shape {list(table.shape)}: there is nothing in it.")
-            require_finite(table)
+            require_finite_rows(table)
             self._learn_shape(table)
             return table
         names = column_names(table)
@@ -111,7 +112,7 @@ class TableEncoder:
         table = as_table(X)
         if isinstance(table, np.ndarray) and (table.ndim > 2 or self._tensor_shape is not None):
             self._check_tensor(table)
-            require_finite(table, first_row=first_row)
+            require_finite_rows(table, first_row)
             return table
         if isinstance(table, np.ndarray) and not hasattr(self, "feature_names_in_") and any(self.levels):
             table = pd.DataFrame(table)  # as fit does with categories by position

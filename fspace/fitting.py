@@ -22,6 +22,7 @@ from fspace.inference.candidates import Plan, fit_deep, fit_plain, input_scaling
 from fspace.inference.choice import Choice, choose
 from fspace.inference.gp import GPPosterior
 from fspace.inference.numerics import pick_device, pick_dtype
+from fspace.inference.source import AT_ONCE, Inputs, RowSource
 from fspace.inference.streaming import forget, take_in
 from fspace.interrupts import Interrupts, interrupts
 from fspace.kernels.deep import DeepKernel, embed, embedded_kernel
@@ -49,11 +50,11 @@ class GPEstimator(BaseEstimator):
     progress: Any
 
     def _encoded(self, X: Any) -> tuple[TableEncoder, np.ndarray]:
-        """The encoder that was fitted to X, and its rows in float64. Raises DataError for fewer than two."""
+        """The encoder that was fitted to X, and its rows (images and sequences as they came, perhaps from disk)."""
         encoder = TableEncoder(self.categories, self.missing, owner=type(self).__name__)
-        x = np.asarray(encoder.fit_transform(X), dtype=np.float64)
+        x = encoder.fit_transform(X)
         self._check_shape(x)
-        return encoder, x
+        return encoder, x if x.ndim > 2 else np.asarray(x, dtype=np.float64)
 
     def _fit_plan(
         self,
@@ -72,7 +73,7 @@ class GPEstimator(BaseEstimator):
         self._interrupted_in: str | None = None
         with interrupts() as held, progress("fitting", self.progress == "auto") as tell:
             plan = Plan(
-                x=tensor(x),
+                x=tensor(x) if x.ndim == 2 else RowSource.of(x, device),
                 y=tensor(modelled),
                 y_shift=tensor(shift),
                 y_scale=tensor(scale),
@@ -129,7 +130,7 @@ class GPEstimator(BaseEstimator):
             plain = (
                 copy.deepcopy(self.kernel).double()
                 if isinstance(self.kernel, Kernel)
-                else named_kernel(self.kernel, x.shape[1])
+                else named_kernel(self.kernel, x.shape[1], not plan.gaussian)
             )
             name = self.kernel if isinstance(self.kernel, str) else type(self.kernel).__name__
             check_kernel(plain, torch.tensor(x[:3], dtype=torch.float64))
@@ -286,24 +287,39 @@ def check_kernel(kernel: Kernel, x: Tensor) -> None:
 def channel_scaling(x: np.ndarray) -> dict[str, np.ndarray]:
     """One shift and scale a channel, shaped to broadcast against x: [c, 1, 1] for images [n, c, h, w], [d] for
     sequences [n, t, d]. Constant channels stay at zero."""
-    others, shape = ((0, 2, 3), (-1, 1, 1)) if x.ndim == 4 else ((0, 1), (-1,))
-    shift, scale = x.mean(axis=others), x.std(axis=others)
+    others, channel, shape = ((0, 2, 3), 1, (-1, 1, 1)) if x.ndim == 4 else ((0, 1), 2, (-1,))
+    count, shift, square = 0, np.zeros(x.shape[channel]), np.zeros(x.shape[channel])
+    for start in range(0, len(x), AT_ONCE):  # x may be on disk
+        part = np.asarray(x[start : start + AT_ONCE], dtype=np.float64)
+        seen = (~np.isnan(part)).sum(axis=others)  # the ends of short sequences are NaN
+        mean = np.nansum(part, axis=others) / np.maximum(seen, 1)
+        centred = part - (mean.reshape(-1, 1, 1) if x.ndim == 4 else mean)
+        square += np.nansum(centred**2, axis=others) + (mean - shift) ** 2 * count * seen / np.maximum(
+            count + seen, 1
+        )
+        count = count + seen
+        shift += (mean - shift) * seen / np.maximum(count, 1)
+    scale = np.sqrt(square / np.maximum(count, 1))
     scale = np.where(scale > 1e-12 * np.abs(shift), scale, 1.0)
     one = np.ones_like(shift)
     parts = {"unit": one, "power": one, "shift": shift, "scale": scale}
     return {name: part.reshape(shape) for name, part in parts.items()}
 
 
-def _relevance(posterior: FunctionPosterior, x: Tensor) -> np.ndarray:
+def _relevance(posterior: FunctionPosterior, x: Inputs) -> np.ndarray:
     """Share of each encoded column (or channel) in the function: root mean square of the mean's slope times the
     column's spread."""
     pick = x[:: max(1, len(x) // 200)].clone().requires_grad_()
     mean = posterior.latent(pick).mean.sum()
     slope = (
-        torch.autograd.grad(mean, pick)[0] if mean.requires_grad else torch.zeros_like(x[:1])
+        torch.autograd.grad(mean, pick)[0] if mean.requires_grad else torch.zeros_like(pick[:1])
     )  # a constant kernel
     channel = 1 if x.ndim == 4 else x.ndim - 1
-    slopes = (slope * x.std(dim=0)).movedim(channel, -1).flatten(0, -2)
+    slopes = (
+        (slope * (x if isinstance(x, Tensor) else pick.detach()).std(dim=0))
+        .movedim(channel, -1)
+        .flatten(0, -2)
+    )
     share = slopes.square().mean(dim=0).sqrt().nan_to_num(0.0)
     total = share.sum()
     share = share / total if total > 0 else torch.full_like(share, 1.0 / len(share))

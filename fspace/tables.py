@@ -26,6 +26,8 @@ def as_table(X: Any) -> pd.DataFrame | NDArray:
     if hasattr(X, "detach"):
         X = from_tensor(X, "X")
     X = unmasked(X)
+    if isinstance(X, list) and len(X) and all(getattr(row, "ndim", 0) == 2 for row in X):
+        X = padded(X)
     if not isinstance(X, np.ndarray) and not hasattr(X, "nnz"):
         try:
             array = np.asarray(X)
@@ -50,6 +52,25 @@ def _checked(X: Any) -> NDArray:
         raise WrongKindError(str(error)) from error
     except ValueError as error:
         raise DataError(str(error)) from error
+
+
+def padded(sequences: list[Any]) -> NDArray:
+    """Sequences [t_i, d] of different lengths as one array [n, t, d], NaN after the end of each.
+
+    Raises DataError for sequences without steps, or of different widths.
+    """
+    rows = [from_tensor(row, "X") if hasattr(row, "detach") else np.asarray(row) for row in sequences]
+    widths = sorted({row.shape[1] for row in rows})
+    if len(widths) > 1:
+        raise DataError(f"X: sequences must have one width; these have {widths} numbers a step.")
+    if min(len(row) for row in rows) == 0:
+        empty = next(i for i, row in enumerate(rows) if len(row) == 0)
+        raise DataError(f"X: the sequence in row {empty} has no steps; leave it out.")
+    kind = np.float32 if all(row.dtype == np.float32 for row in rows) else np.float64
+    whole = np.full((len(rows), max(len(row) for row in rows), widths[0]), np.nan, dtype=kind)
+    for i, row in enumerate(rows):
+        whole[i, : len(row)] = row
+    return whole
 
 
 def from_tensor(X: Any, name: str) -> NDArray:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gpytorch.constraints import Positive
 from gpytorch.kernels import AdditiveKernel, Kernel, MaternKernel, RBFKernel, ScaleKernel
 from gpytorch.likelihoods import GaussianLikelihood
 from jaxtyping import Float, Int
@@ -23,6 +24,7 @@ from fspace.inference.nongaussian import LikelihoodPosterior
 from fspace.inference.numerics import seeded
 from fspace.inference.optimise import Record, fit_exact, gaussian_likelihood
 from fspace.inference.site_training import fit_sites
+from fspace.inference.source import Inputs, RowSource
 from fspace.kernels.deep import DeepKernel, embed
 from fspace.kernels.extractors import MLP
 from fspace.kernels.neural import NeuralKernel
@@ -34,6 +36,8 @@ FEATURES = 8
 FEWEST_FOR_VARYING = 50
 FEWEST_FOR_HOLDING_OUT = 50
 SITE_STEPS = 1500  # about as many minibatches as train the kernel by sites
+LINK_STEPS = 400  # where the likelihood is not Gaussian
+SIGNAL = 4.0  # variance at first of a function before a link
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Plan:
     each row counts, where the likelihood is not Gaussian.
     """
 
-    x: Tensor
+    x: Inputs
     y: Float[Tensor, "n t"]
     y_shift: Tensor
     y_scale: Tensor
@@ -137,30 +141,44 @@ def input_scaling(
     return {"unit": unit, "power": power, "shift": scaler.mean_, "scale": scaler.scale_}
 
 
-def named_kernel(name: str, d: int) -> Kernel:
+def named_kernel(name: str, d: int, link: bool = False) -> Kernel:
     """A kernel by name: with one lengthscale a column and a variance "matern" (5/2), "rbf" or "neural" (infinitely
-    wide ReLU network), or "additive", the sum of a Matern-5/2 kernel for every column."""
+    wide ReLU network), or "additive", the sum of a Matern-5/2 kernel for every column.
+
+    link: for functions before a link, whose size is not known beforehand as that of standardised y is: the variance
+    starts higher, and its logarithm is what is learned.
+    """
+
+    def scaled(base: Kernel) -> ScaleKernel:
+        if not link:
+            return ScaleKernel(base).double()
+        logarithm = Positive(transform=torch.exp, inv_transform=torch.log)
+        kernel = ScaleKernel(base, outputscale_constraint=logarithm).double()
+        kernel.outputscale = SIGNAL
+        return kernel
+
     if name == "neural":
         return NeuralKernel(depth=2, ard_num_dims=d).double()
     if name == "additive":
-        parts = [ScaleKernel(MaternKernel(nu=2.5, active_dims=(i,))) for i in range(d)]
-        return AdditiveKernel(*parts).double()
+        return AdditiveKernel(*(scaled(MaternKernel(nu=2.5, active_dims=(i,))) for i in range(d)))
     base = RBFKernel(ard_num_dims=d) if name == "rbf" else MaternKernel(nu=2.5, ard_num_dims=d)
-    kernel = ScaleKernel(base).double()
+    kernel = scaled(base)
     base.lengthscale = math.sqrt(d)
     return kernel
 
 
-def deep_kernel(d: int, activation: str, dtype: torch.dtype) -> DeepKernel:
+def deep_kernel(d: int, activation: str, dtype: torch.dtype, link: bool = False) -> DeepKernel:
     """A network of three layers of 128 into eight features, under an ARD Matern-5/2 kernel."""
     extractor = MLP(d, hidden=(128, 128, 128), out_features=FEATURES, activation=activation).to(dtype)
-    return DeepKernel(extractor, named_kernel("matern", FEATURES))
+    return DeepKernel(extractor, named_kernel("matern", FEATURES, link))
 
 
-def scaled(plan: Plan, scaling: dict[str, np.ndarray]) -> tuple[Tensor, Scaling]:
+def scaled(plan: Plan, scaling: dict[str, np.ndarray]) -> tuple[Any, Scaling]:
     """The rows as a kernel sees them, and the scaling that made them so."""
     parts = {k: torch.as_tensor(v, dtype=torch.float64, device=plan.x.device) for k, v in scaling.items()}
     full = Scaling(**parts, y_shift=plan.y_shift, y_scale=plan.y_scale)
+    if isinstance(plan.x, RowSource):
+        return plan.x.changed(full.inputs), full
     return full.inputs(plan.x), full
 
 
@@ -195,7 +213,7 @@ def fit_plain(plan: Plan, kernel: Kernel, scaling: dict[str, np.ndarray], name: 
     return [varying] if plan.vary else [fitted(constant, name), varying]
 
 
-def _learn_plain(plan: Plan, kernel: Kernel, likelihood: GaussianLikelihood, x: Tensor, name: str) -> bool:
+def _learn_plain(plan: Plan, kernel: Kernel, likelihood: GaussianLikelihood, x: Inputs, name: str) -> bool:
     """Parameters by the exact evidence: of a few rows first, which is quick, then from there of all where the posterior
     is exact. A sparse one is served better by the few: the collapsed bound of all rows, with as many inducing inputs
     as it has time for, ends in longer lengthscales and more noise. Returns False after Ctrl-C."""
@@ -208,12 +226,13 @@ def _learn_plain(plan: Plan, kernel: Kernel, likelihood: GaussianLikelihood, x: 
 
 
 def _learn_by_sites(
-    plan: Plan, kernel: Kernel, likelihood: AnyLikelihood, x: Tensor, seed: int, name: str
+    plan: Plan, kernel: Kernel, likelihood: AnyLikelihood, x: Inputs, seed: int, name: str
 ) -> None:
     """Parameters from minibatches of all rows that are not held out, by natural-gradient sites."""
     rest = plan.rest
     batch = min(1024, len(rest))
-    epochs = max(3, min(200, SITE_STEPS * batch // len(rest)))
+    steps = SITE_STEPS if plan.gaussian else LINK_STEPS
+    epochs = max(3, min(200, steps * batch // len(rest)))
     generator = torch.Generator().manual_seed(seed)
     most = min(plan.inducing, INDUCING)
     weight = None if plan.weight is None else plan.weight[rest]
@@ -234,7 +253,7 @@ def _learn_by_sites(
 
 
 def _any_likelihood(
-    plan: Plan, kernel: Kernel, likelihood: OffsetLikelihood, x: Tensor, full: Scaling, name: str
+    plan: Plan, kernel: Kernel, likelihood: OffsetLikelihood, x: Inputs, full: Scaling, name: str
 ) -> Fitted:
     """The posterior by sites of all rows, under a likelihood that is not Gaussian."""
     done = finish_sites(
@@ -249,7 +268,7 @@ def _any_likelihood(
     )
 
 
-def _sparse(plan: Plan, kernel: Kernel, likelihood: GaussianLikelihood, x: Tensor, inducing: int) -> Finished:
+def _sparse(plan: Plan, kernel: Kernel, likelihood: GaussianLikelihood, x: Inputs, inducing: int) -> Finished:
     vary = plan.vary if len(plan.held_out) >= FEWEST_FOR_VARYING else False
     return finish_sparse(
         kernel, likelihood, x, plan.y, plan.held_out, inducing, plan.tolerance, vary, plan.seed
@@ -268,7 +287,11 @@ def fit_deep(
     generator = torch.Generator().manual_seed(seed)
     with seeded(seed):
         activation = "silu" if member % 2 == 0 else "relu"
-        kernel = deep_kernel(x.shape[1], activation, plan.dtype) if kernel is None else copy.deepcopy(kernel)
+        kernel = (
+            deep_kernel(x.shape[1], activation, plan.dtype, not plan.gaussian)
+            if kernel is None
+            else copy.deepcopy(kernel)
+        )
     kernel, likelihood = kernel.to(x.device), plan.start_likelihood()
     if not plan.gaussian:
         fit_network_sites(

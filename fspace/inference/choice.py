@@ -88,11 +88,11 @@ def choose(plan: Plan, members: int) -> Choice:
     if plan.exact:
         for name, scaling in scalings.items():
             if not (stopped and plain):
-                plain += fit_plain(plan, named_kernel("matern", x.shape[1]), scaling, name)
+                plain += fit_plain(plan, named_kernel("matern", x.shape[1], not plan.gaussian), scaling, name)
         best = max(plain, key=lambda fit: fit.score).name.removesuffix(", varying noise")
     else:
         best = _better_scaling(plan, scalings) if plan.gaussian else "matern"
-        plain = fit_plain(plan, named_kernel("matern", x.shape[1]), scalings[best], best)
+        plain = fit_plain(plan, named_kernel("matern", x.shape[1], not plan.gaussian), scalings[best], best)
     scores = {fit.name: fit.score for fit in plain}
     kept, weights, density = _stack(torch.stack([fit.densities for fit in plain]), plain)
     on_held_out = density[plan.held_out] if plan.exact else density
@@ -135,7 +135,10 @@ def _better_scaling(plan: Plan, scalings: dict[str, dict[str, np.ndarray]]) -> s
     rows = plan.shuffled(plan.rest)[: SUBSET // 2]
     for name, scaling in scalings.items():
         x, _ = scaled(plan, scaling)
-        kernel, likelihood = named_kernel("matern", x.shape[1]).to(x.device), plan.start_likelihood()
+        kernel, likelihood = (
+            named_kernel("matern", x.shape[1], not plan.gaussian).to(x.device),
+            plan.start_likelihood(),
+        )
         z, y = x[rows], plan.y[rows]
         fit_exact(kernel, likelihood, z, y, STEPS // 2, plan.record, name)
         with torch.no_grad():

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fspace.inference.basis import FIRST_JITTER, Basis, Site
 from fspace.inference.numerics import cholesky, solve_lower
+from fspace.inference.source import Inputs
 from fspace.kernels.deep import embed, embedded_kernel
 from fspace.kernels.evaluate import covariance, diagonal
 
@@ -51,7 +52,7 @@ class Statistics:
         )
 
 
-def chunks(x: Tensor, y: Float[Tensor, "n t"], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def chunks(x: Inputs, y: Float[Tensor, "n t"], size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Blocks of at most `size` rows of x and y, in order."""
     for start in range(0, y.shape[0], size):
         yield x[start : start + size], y[start : start + size]
@@ -134,7 +135,7 @@ def backward_bound(
     return value.item()
 
 
-def gather_whitened(basis: Basis, x: Tensor, y: Float[Tensor, "n t"], chunk: int = CHUNK) -> Statistics:
+def gather_whitened(basis: Basis, x: Inputs, y: Float[Tensor, "n t"], chunk: int = CHUNK) -> Statistics:
     """Statistics of all rows with L^-1 k_u(x) in place of k_u(x): A is then positive semi-definite by construction,
     which L^-1 Phi L^-T computed from Phi is not once K_uu is ill-conditioned."""
     total: Statistics | None = None
@@ -171,7 +172,7 @@ def site_from(basis: Basis, whitened: Statistics, site_id: str = "data") -> Site
 
 
 def fit_site(
-    basis: Basis, x: Tensor, y: Float[Tensor, "n t"], chunk: int = CHUNK, site_id: str = "data"
+    basis: Basis, x: Inputs, y: Float[Tensor, "n t"], chunk: int = CHUNK, site_id: str = "data"
 ) -> Site:
     """The site that all rows of x [n, d], y [n, t] make together."""
     return site_from(basis, gather_whitened(basis, x, y, chunk), site_id)

@@ -29,6 +29,7 @@ from fspace.inference.likelihoods import OffsetLikelihood, predictive_log_densit
 from fspace.inference.noise import fit_noise_function
 from fspace.inference.optimise import MIN_NOISE, lbfgs
 from fspace.inference.sites import Rows, converge, marginals
+from fspace.inference.source import Inputs
 from fspace.kernels.deep import SplitKernel, embed, embedded_kernel
 from fspace.kernels.evaluate import covariance
 
@@ -52,7 +53,7 @@ def log_density(y: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 def finish_exact(
     kernel: Kernel,
     likelihood: GaussianLikelihood,
-    x: Tensor,
+    x: Inputs,
     y: Float[Tensor, "n t"],
 ) -> Finished:
     """Every row an inducing input; densities by closed-form leave-one-out."""
@@ -64,7 +65,7 @@ def finish_exact(
     return Finished(basis, site, log_evidence([site]), log_density(y, mean, variance).sum(-1))
 
 
-def vary_exact(fit: Finished, x: Tensor, y: Float[Tensor, "n t"], seed: int) -> Finished:
+def vary_exact(fit: Finished, x: Inputs, y: Float[Tensor, "n t"], seed: int) -> Finished:
     """The exact posterior with noise that varies: its function from leave-one-out residuals, signal and level anew."""
     basis = replace(
         fit.basis, kernel=copy.deepcopy(fit.basis.kernel), likelihood=copy.deepcopy(fit.basis.likelihood)
@@ -92,7 +93,7 @@ def vary_exact(fit: Finished, x: Tensor, y: Float[Tensor, "n t"], seed: int) -> 
 def finish_sparse(
     kernel: Kernel,
     likelihood: GaussianLikelihood,
-    x: Tensor,
+    x: Inputs,
     y: Float[Tensor, "n t"],
     held_out: Int[Tensor, " h"],
     most: int,
@@ -134,7 +135,7 @@ def finish_sparse(
 def finish_sites(
     kernel: Kernel,
     likelihood: OffsetLikelihood,
-    x: Tensor,
+    x: Inputs,
     y: Float[Tensor, "n t"],
     weight: Float[Tensor, " n"] | None,
     held_out: Int[Tensor, " h"],
@@ -164,7 +165,7 @@ def _freeze(*modules: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def _inducing(kernel: Kernel, x: Tensor, most: int, tolerance: float) -> Float[Tensor, "m p"]:
+def _inducing(kernel: Kernel, x: Inputs, most: int, tolerance: float) -> Float[Tensor, "m p"]:
     stride = max(1, len(x) // (10 * most))  # greedy choice is O(n m^2): a stride of rows is as good a pool
     candidates = embed(kernel, x[::stride])
     return candidates[greedy_variance(embedded_kernel(kernel), candidates, most, tolerance)]

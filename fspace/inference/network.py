@@ -25,6 +25,7 @@ from fspace.inference.likelihoods import OffsetLikelihood, functions
 from fspace.inference.numerics import cholesky, seeded, solve_lower
 from fspace.inference.optimise import Record, lengthscale_penalty
 from fspace.inference.site_training import fit_sites
+from fspace.inference.source import Inputs
 from fspace.kernels.deep import DeepKernel
 from fspace.kernels.evaluate import covariance, diagonal
 
@@ -39,7 +40,7 @@ PATIENCE = 6  # looks without a better one before a phase ends
 def fit_network(
     kernel: DeepKernel,
     likelihood: GaussianLikelihood,
-    x: Tensor,
+    x: Inputs,
     y: Float[Tensor, "n t"],
     held_out: Int[Tensor, " h"],
     record: Record,
@@ -70,7 +71,7 @@ def fit_network(
 def fit_network_sites(
     kernel: DeepKernel,
     likelihood: OffsetLikelihood,
-    x: Tensor,
+    x: Inputs,
     y: Float[Tensor, "n t"],
     weight: Float[Tensor, " n"] | None,
     rows: Int[Tensor, " r"],

@@ -22,12 +22,16 @@ from fspace.inference.likelihoods import (
     predictive_log_density,
 )
 from fspace.inference.numerics import cholesky, solve_lower
-from fspace.inference.sites import Rows, batch_site, blend, elbo, marginals, moved
+from fspace.inference.sites import Rows, blend, bound_and_site, elbo, marginals, moved
+from fspace.inference.source import Inputs
 from fspace.kernels.deep import DeepKernel, embed, embedded_kernel
 from fspace.kernels.evaluate import covariance, diagonal
 
 PATIENCE = 6  # epochs without a better held-out score before training ends
-SETTLED, LITTLE = 15, 5e-4  # steps that gain less than so many nats a value together end the training on all rows
+SETTLED, LITTLE = (
+    15,
+    5e-4,
+)  # steps that gain less than so many nats a value together end the training on all rows
 POOL = 2048  # random rows among which inducing inputs are chosen
 HALVINGS = 8  # of a natural step that would lower the bound of its batch
 
@@ -35,7 +39,7 @@ HALVINGS = 8  # of a natural step that would lower the bound of its batch
 def fit_sites(
     kernel: Kernel,
     likelihood: AnyLikelihood,
-    x: Tensor | np.ndarray,
+    x: Inputs | np.ndarray,
     y: Tensor | np.ndarray,
     inducing: int,
     epochs: int,
@@ -138,7 +142,7 @@ def _optimiser(kernel: Kernel, likelihood: AnyLikelihood) -> torch.optim.AdamW:
     return torch.optim.AdamW([group for group in groups if group["params"]])
 
 
-def _read(rows: Tensor | np.ndarray, index: Tensor, device: torch.device) -> Tensor:
+def _read(rows: Inputs | np.ndarray, index: Tensor, device: torch.device) -> Tensor:
     """These rows, in increasing order (a memory-mapped file is then read forwards), on the device."""
     index = index.sort().values
     picked = (
@@ -194,12 +198,12 @@ class _Running:
         """
         rows, factor = self._seen(x, y, weight)
         site = moved(self.site, solve_lower(self.factor, factor))
-        loss = -elbo(site, self.likelihood, rows, self.total) / (self.mass * y.shape[1])
+        bound, batch = bound_and_site(site, self.likelihood, rows, self.total)
+        loss = -bound / (self.mass * y.shape[1])
         loss.backward()
         with torch.no_grad():
-            site = moved(self.site, solve_lower(self.factor, factor))
-            batch = batch_site(site, self.likelihood, rows, self.total)
-            self.site = self._stepped(site, batch, rows, rate)
+            still = moved(self.site, solve_lower(self.factor, factor))
+            self.site = self._stepped(still, batch, rows, rate, bound.item())
             self.factor = factor.detach()
         return loss.detach()
 
@@ -211,12 +215,11 @@ class _Running:
         v = solve_lower(factor, covariance(inner, inducing, rows))
         return Rows(v, diagonal(inner, rows), y, weight), factor
 
-    def _stepped(self, site: Site, batch: Site, rows: Rows, rate: float) -> Site:
+    def _stepped(self, site: Site, batch: Site, rows: Rows, rate: float, before: float) -> Site:
         """A natural step; where the likelihood is not Gaussian, halved until the batch's bound is not lower."""
         step = blend(site, batch, rate)
         if not isinstance(self.likelihood, OffsetLikelihood):
             return step
-        before = elbo(site, self.likelihood, rows, self.total).item()
         for _ in range(HALVINGS):
             after = elbo(step, self.likelihood, rows, self.total).item()
             if math.isfinite(after) and after >= before:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -28,6 +29,7 @@ from fspace.inference.basis import Basis, Site
 from fspace.inference.collapsed import CHUNK
 from fspace.inference.likelihoods import AnyLikelihood, expected_log_density, functions, local_terms
 from fspace.inference.numerics import cholesky, solve_lower
+from fspace.inference.source import Inputs
 
 PASSES = 40  # over all rows, at most
 SLOWEST = 1e-3  # the smallest rate that is tried before a site counts as found
@@ -52,6 +54,14 @@ class Rows:
         """Rows x [n, d] (or images, sequences)."""
         z = basis.embed(x)
         return Rows(basis.whiten(z), basis.prior_variance(z), y, weight)
+
+
+class Marginals(NamedTuple):
+    """Mean and variance of f at some rows, and the part a'Sa of the variance that inducing values account for."""
+
+    mean: Float[Tensor, "t n"]
+    variance: Float[Tensor, "t n"]
+    known: Float[Tensor, "t n"]
 
 
 def empty_site(basis: Basis, functions: int, site_id: str = "data") -> Site:
@@ -98,27 +108,39 @@ def batch_site(site: Site, likelihood: AnyLikelihood, rows: Rows, total: int) ->
     log_scale is chosen so that the log evidence of the result is the evidence lower bound wherever this is a fixed
     point.
     """
-    return _said(site, likelihood, rows, total, _inner(site))[0]
+    return _said(site, likelihood, rows, total, _marginals(site, rows, _inner(site)))[0]
 
 
 def _said(
-    site: Site, likelihood: AnyLikelihood, rows: Rows, total: int, inner: Float[Tensor, "t m m"]
+    site: Site, likelihood: AnyLikelihood, rows: Rows, total: int, at: Marginals
 ) -> tuple[Site, Float[Tensor, " t"]]:
-    """The site of `batch_site`, and the expected log densities of the rows [t], summed."""
-    mean, variance, known = _marginals(site, rows, inner)
+    """The site of `batch_site`, and the expected log densities of the rows [t], summed; without a graph."""
+    mean, variance, known = (part.detach() for part in at)
     value, slope, beta = (rows.weighed(part) for part in local_terms(likelihood, rows.y, mean, variance))
     target = slope + beta * mean
     scale = total / rows.y.shape[0]
-    root = rows.v * beta.sqrt()[:, None, :]
+    v = rows.v.detach()
+    root = v * beta.sqrt()[:, None, :]
     rest = value - target * mean + 0.5 * beta * (mean.square() + known)
     said = replace(
         site,
         precision=scale * root @ root.mT,
-        shift=scale * target @ rows.v.mT,
+        shift=scale * target @ v.mT,
         log_scale=scale * rest.sum(-1),
         count=total,
     )
     return said, value.sum(-1)
+
+
+def bound_and_site(
+    site: Site, likelihood: AnyLikelihood, rows: Rows, total: int
+) -> tuple[Float[Tensor, ""], Site]:
+    """`elbo`, differentiable, and `batch_site`, which is not, from one look at the rows."""
+    inner = _inner(site)
+    at = _marginals(site, rows, inner)
+    value = rows.weighed(expected_log_density(likelihood, rows.y, at.mean, at.variance))
+    bound = total / rows.y.shape[0] * value.sum() - _divergence(site, inner).sum()
+    return bound, _said(site, likelihood, rows, total, at)[0]
 
 
 def elbo(site: Site, likelihood: AnyLikelihood, rows: Rows, total: int) -> Float[Tensor, ""]:
@@ -128,14 +150,14 @@ def elbo(site: Site, likelihood: AnyLikelihood, rows: Rows, total: int) -> Float
     Source: Hensman et al. (2013).
     """
     inner = _inner(site)
-    mean, variance, _ = _marginals(site, rows, inner)
-    value = rows.weighed(expected_log_density(likelihood, rows.y, mean, variance))
+    at = _marginals(site, rows, inner)
+    value = rows.weighed(expected_log_density(likelihood, rows.y, at.mean, at.variance))
     return total / rows.y.shape[0] * value.sum() - _divergence(site, inner).sum()
 
 
 def converge(
     basis: Basis,
-    x: Tensor,
+    x: Inputs,
     y: Float[Tensor, "n t"],
     weight: Float[Tensor, " n"] | None = None,
     start: Site | None = None,
@@ -176,7 +198,7 @@ def converge(
 
 
 def _whole(
-    basis: Basis, site: Site, cavity: Site | None, x: Tensor, y: Tensor, weight: Tensor | None
+    basis: Basis, site: Site, cavity: Site | None, x: Inputs, y: Tensor, weight: Tensor | None
 ) -> tuple[Site, float]:
     """What all rows say where site and cavity give the posterior, and the bound of that posterior."""
     posterior = site if cavity is None else site + cavity
@@ -184,7 +206,8 @@ def _whole(
     total: Site | None = None
     value = 0.0
     for rows in _parts(basis, x, y, weight):
-        part, expected = _said(posterior, basis.likelihood, rows, len(rows.y), inner)
+        at = _marginals(posterior, rows, inner)
+        part, expected = _said(posterior, basis.likelihood, rows, len(rows.y), at)
         value += expected.sum().item()
         total = part if total is None else total + part
     assert total is not None
@@ -193,7 +216,7 @@ def _whole(
     return replace(total, site_id=site.site_id), value - _divergence(posterior, inner).sum().item()
 
 
-def _parts(basis: Basis, x: Tensor, y: Tensor, weight: Tensor | None) -> Iterator[Rows]:
+def _parts(basis: Basis, x: Inputs, y: Tensor, weight: Tensor | None) -> Iterator[Rows]:
     for start in range(0, len(y), CHUNK):
         part = slice(start, start + CHUNK)
         yield Rows.of(basis, x[part], y[part], None if weight is None else weight[part])
@@ -211,7 +234,8 @@ def _expected_log_site(cavity: Site, posterior: Site, inner: Float[Tensor, "t m 
 
 def marginals(site: Site, rows: Rows) -> tuple[Float[Tensor, "t n"], Float[Tensor, "t n"]]:
     """Mean and variance of f at the rows where `site` gives the posterior."""
-    return _marginals(site, rows, _inner(site))[:2]
+    at = _marginals(site, rows, _inner(site))
+    return at.mean, at.variance
 
 
 def _divergence(site: Site, inner: Float[Tensor, "t m m"]) -> Float[Tensor, " t"]:
@@ -230,14 +254,11 @@ def _inner(site: Site) -> Float[Tensor, "t m m"]:
     return cholesky(eye + site.precision, "I + site precision")[0]
 
 
-def _marginals(
-    site: Site, rows: Rows, inner: Float[Tensor, "t m m"]
-) -> tuple[Float[Tensor, "t n"], Float[Tensor, "t n"], Float[Tensor, "t n"]]:
-    """Mean and variance [t, n] of f, and the part a'Sa of the variance that inducing values account for."""
+def _marginals(site: Site, rows: Rows, inner: Float[Tensor, "t m m"]) -> Marginals:
     w = solve_lower(inner, rows.v.expand(len(inner), *rows.v.shape))
     mean = (w.mT @ solve_lower(inner, site.shift[..., None]))[..., 0]
     known = w.square().sum(-2)
-    return mean, (rows.prior - rows.v.square().sum(0)).clamp(min=0.0) + known, known
+    return Marginals(mean, (rows.prior - rows.v.square().sum(0)).clamp(min=0.0) + known, known)
 
 
 def moved(site: Site, across: Float[Tensor, "m k"]) -> Site:

@@ -225,13 +225,13 @@ class DeepKernel(Kernel):
         return features.reshape(*leading, features.shape[-1])
 
     @torch.no_grad()
-    def fix_statistics(self, x: Tensor, chunk: int = 8192) -> None:
-        """Set the feature statistics exactly to those of x, read in chunks of rows along dimension 0."""
-        x = self._select(x)
+    def fix_statistics(self, x: Any, chunk: int = 8192) -> None:
+        """Set the feature statistics exactly to those of x (a tensor, or anything with `split`), read in chunks of rows
+        along dimension 0."""
         was_training = self.extractor.training
         self.extractor.eval()
         try:
-            parts = [self.raw_features(part) for part in x.split(chunk)]
+            parts = [self.raw_features(self._select(part)) for part in x.split(chunk)]
         finally:
             self.extractor.train(was_training)
         features = torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]).to(torch.float64)
