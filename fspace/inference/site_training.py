@@ -27,7 +27,8 @@ from fspace.kernels.deep import DeepKernel, embed, embedded_kernel
 from fspace.kernels.evaluate import covariance, diagonal
 
 PATIENCE = 6  # epochs without a better held-out score before training ends
-SETTLED, LITTLE = 15, 5e-4  # steps that gain less than so many nats a value together end the training on all rows
+# steps that gain less than so many nats a value together end the training on all rows
+SETTLED, LITTLE = 15, 5e-4
 POOL = 2048  # random rows among which inducing inputs are chosen
 HALVINGS = 8  # of a natural step that would lower the bound of its batch
 
