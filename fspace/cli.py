@@ -6,6 +6,7 @@ import io
 import sys
 import warnings
 from functools import cache
+from textwrap import wrap
 from typing import Annotated, Any
 
 import typer
@@ -161,11 +162,16 @@ def _print_results(results: dict[str, Any]) -> None:
         else:  # one target below another, so that the table is no wider for many
             table.box, table.pad_edge, table.collapse_padding = SIMPLE_HEAD, False, True
             for _, words, _ in SCORES:
-                table.add_column(words, justify="right", min_width=max(map(len, words.split())))
+                words = words.replace(" ", "\n").replace("-", "-\n")
+                table.add_column(words, justify="right", no_wrap=True)
             for name, ours, base in pairs:
-                table.add_row(Text(name), *(shown(key, ours[key]) for key, _, _ in SCORES))
+                table.add_row(
+                    Text("\n".join(wrap(name, 16))), *(shown(key, ours[key]) for key, _, _ in SCORES)
+                )
                 table.add_row("  mean only", *(shown(key, base[key]) for key, _, _ in SCORES), style="dim")
-        console.print(table)
+        # a number that is cut at the terminal's edge reads as another number
+        width = Console(width=1000).measure(table).maximum
+        (console if width <= console.width else Console(width=width)).print(table)
     kernel = f"Kernel: {describe_choice(results['weights'])}"
     console.print(kernel, highlight=False, soft_wrap=True, markup=False)
     line = f"Saved model, metrics and predictions; open {results['files']['report']}"
