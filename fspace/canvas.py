@@ -159,9 +159,18 @@ def finish(ax: Axes, title: str, x: str, y: str) -> None:
     ax.set_axisbelow(True)
 
 
+def same_exponent(ax: Axes) -> None:
+    """One power of ten for both axes, which are in the same unit, where numbers are large enough to need one."""
+    largest = max(abs(bound) for bound in (*ax.get_xlim(), *ax.get_ylim()))
+    if largest >= 1e6:
+        power = 3 * int(np.log10(largest) // 3)
+        ax.ticklabel_format(style="sci", scilimits=(power, power))
+
+
 def legend(ax: Axes, **where: Any) -> None:
     """A legend that is readable also where the points are small and pale."""
-    drawn = ax.legend(frameon=True, framealpha=0.85, edgecolor="none", fontsize=8.5, labelcolor=INK, **where)
+    where = {"fontsize": 8.5} | where
+    drawn = ax.legend(frameon=True, framealpha=0.85, edgecolor="none", labelcolor=INK, **where)
     for handle in drawn.legend_handles:
         if handle is not None:
             handle.set_alpha(1.0)

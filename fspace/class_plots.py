@@ -53,11 +53,18 @@ def reliability(labels: Any, predictive: Any, *, ax: Axes | None = None) -> Axes
     bins = int(np.clip(len(hit) // 20, 1, 15))
     said, share = binned(stated, [stated, hit], np.mean, bins)
     count = len(hit) / len(said)
-    half = 1.96 * np.sqrt(np.maximum(share * (1 - share), 0.25 / count) / count)
+    ends = _wilson(share, count)
     low = min(0.5, float(said.min()) - 0.03)
     ax.plot([low, 1], [low, 1], color=INK, lw=1, ls=(0, (4, 3)), label="perfect")
     ax.errorbar(
-        said, share, half, color=BLUE, lw=1.6, marker="o", ms=5, label=f"this model, {len(hit):,} rows (95%)"
+        said,
+        share,
+        np.abs(ends - share),
+        color=BLUE,
+        lw=1.6,
+        marker="o",
+        ms=5,
+        label=f"this model, {len(hit):,} rows (95%)",
     )
     ax.text(
         0.03, 0.80, "too cautious", transform=ax.transAxes, color=GREY, fontsize=9, style="italic", va="top"
@@ -65,11 +72,20 @@ def reliability(labels: Any, predictive: Any, *, ax: Axes | None = None) -> Axes
     ax.text(
         0.97, 0.05, "too sure", transform=ax.transAxes, color=GREY, fontsize=9, style="italic", ha="right"
     )
-    ax.set(xlim=(low, 1.01), ylim=(min(low, float((share - half).min())), 1.04))
+    ax.set(xlim=(low, 1.01), ylim=(min(low, float(ends[0].min())), 1.04))
     title = f"Stated {stated.mean():.1%} on average; {hit.mean():.1%} are right"
     finish(ax, title, "stated probability of the predicted class", "share that is right")
     legend(ax, loc="upper left")
     return ax
+
+
+def _wilson(share: NDArray, count: float) -> NDArray:
+    """Ends [2, k] of the 95% interval of the probability behind a share of `count` rows; also where all or none are
+    right. Source: Wilson (1927)."""
+    z = 1.96
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
+    return np.stack([middle - half, middle + half])
 
 
 def confusion(labels: Any, predictive: Any, names: Sequence[Any], *, ax: Axes | None = None) -> Axes:
@@ -115,8 +131,8 @@ def accuracy_rejection(labels: Any, predictive: Any, *, ax: Axes | None = None) 
     finish(
         ax, "Accuracy when unsure rows are handed to a person", "share handed over", "accuracy of the rest"
     )
-    _headroom(ax, 0.12)
-    legend(ax, loc="lower right")
+    ax.set(yticks=[tick for tick in ax.get_yticks() if tick <= 1 + 1e-9], ylim=ax.get_ylim())
+    legend(ax, loc="center right")  # between the curve, which rises, and the line, which does not
     return ax
 
 

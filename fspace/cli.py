@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import sys
 import warnings
+from functools import cache
+from textwrap import wrap
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +18,7 @@ app = typer.Typer(
     help="Calibrated predictions from tables: Gaussian processes with deep or plain kernels.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # so that a help text's lines are wrapped anew, not broken where the source is
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -111,8 +114,11 @@ def predict(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON, nothing else.")] = False,
 ) -> None:
-    """Predict every row of a table: mean, standard deviation and the central 90% interval of the target; or the class
-    and the probability of each."""
+    """Predict every row of a table.
+
+    Numbers: mean, standard deviation and the central 90% interval. Classes: the likeliest, the probability of each, the
+    entropy of these, and of that what knowing the function would remove (mutual information; both in nats).
+    """
     from fspace.runs import predict_table
 
     summary = predict_table(model, data, out, overwrite=overwrite, quiet=as_json)
@@ -156,11 +162,16 @@ def _print_results(results: dict[str, Any]) -> None:
         else:  # one target below another, so that the table is no wider for many
             table.box, table.pad_edge, table.collapse_padding = SIMPLE_HEAD, False, True
             for _, words, _ in SCORES:
-                table.add_column(words, justify="right", min_width=max(map(len, words.split())))
+                words = words.replace(" ", "\n").replace("-", "-\n")
+                table.add_column(words, justify="right", no_wrap=True)
             for name, ours, base in pairs:
-                table.add_row(Text(name), *(shown(key, ours[key]) for key, _, _ in SCORES))
+                table.add_row(
+                    Text("\n".join(wrap(name, 16))), *(shown(key, ours[key]) for key, _, _ in SCORES)
+                )
                 table.add_row("  mean only", *(shown(key, base[key]) for key, _, _ in SCORES), style="dim")
-        console.print(table)
+        # a number that is cut at the terminal's edge reads as another number
+        width = Console(width=1000).measure(table).maximum
+        (console if width <= console.width else Console(width=width)).print(table)
     kernel = f"Kernel: {describe_choice(results['weights'])}"
     console.print(kernel, highlight=False, soft_wrap=True, markup=False)
     line = f"Saved model, metrics and predictions; open {results['files']['report']}"
@@ -168,16 +179,21 @@ def _print_results(results: dict[str, Any]) -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
-    """A warning is for the person at the terminal: its words, without file and line."""
+    """A warning is for the person at the terminal: its words, once, without file and line."""
+    _note(" ".join(str(message).split()))
+
+
+@cache
+def _note(text: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    text = " ".join(str(message).split())
     Console(stderr=True).print(Text(f"Note: {text}", style="yellow"), soft_wrap=True)
 
 
 def main() -> None:
     """The console script: a FspaceError becomes one red line on stderr and exit status 2."""
+    _note.cache_clear()
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     for stream in (
         sys.stdout,

@@ -231,7 +231,11 @@ def missing_message(what: str, row: int, column: str | None, count: int, x: str 
     where = f"Row {row}" + (f", column {column!r}" if column is not None else "") + " (rows count from 0)"
     more = f" ({count} such values in all)" if count > 1 else ""
     if what == "NaN":
-        cure = " or fill the gaps: missing='impute' (terminal: --missing impute)" if x == "X" else ""
+        cure = (
+            " or fill the gaps: missing='impute' in the fit (terminal: fspace fit --missing impute)"
+            if x == "X"
+            else ""
+        )
         return f"Input {x} contains NaN.\n{where} has no value{more}. Remove such rows{cure}."
     if what == "infinity":
         return (

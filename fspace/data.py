@@ -381,17 +381,20 @@ def target_names(y: Any, values: NDArray | pd.DataFrame | pd.Series) -> list[str
     return [name if isinstance(name, str) else f"y{k}" for k, name in enumerate(names)]
 
 
+CLASSES = " If its values are classes: GPClassifier, in the terminal --task classification."
+
+
 def _target_column(column: pd.Series, name: str) -> Float[np.ndarray, " n"]:
     if is_category(column):
         raise DataError(
             f"The target {name!r} is a category (Unknown label type for regression); a regressor "
-            "needs numbers."
+            f"needs numbers.{CLASSES}"
         )
     for row, value in enumerate(column if column.dtype.kind not in "fiubmMc" else ()):
         if isinstance(value, str | bytes):
             raise DataError(
                 f"The target {name!r} holds text (row {row}: {value!r}; Unknown label type for "
-                "regression); a regressor needs numbers."
+                f"regression); a regressor needs numbers.{CLASSES}"
             )
     return column_to_float(column, name)
 

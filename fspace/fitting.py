@@ -216,11 +216,13 @@ class GPEstimator(BaseEstimator):
         """Rows behind every site of the posterior, by name: what `fit` saw first, then each `partial_fit`."""
         return {name: site.count for name, site in self._members()[0].sites.items()}
 
-    def forget(self, site: str) -> GPEstimator:
-        """Take back what one site (a key of `sites_`) says, as if its rows had never come; kernel and noise stay.
+    def forget(self, site: Any) -> GPEstimator:
+        """Take back what one site (a name in `sites_`) says, as if its rows had never come; kernel and noise stay.
 
         Raises OptionError for a site that is not there, or the only one.
         """
+        if not isinstance(site, str):
+            raise OptionError(f"forget({site!r}): name one site, a key of sites_: {', '.join(self.sites_)}.")
         self._replace([forget(member, site) for member in self._members()])
         return self
 

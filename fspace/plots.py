@@ -39,6 +39,7 @@ from .canvas import (
     new_axes,
     rasterise,
     rug,
+    same_exponent,
     same_length,
     share_an_axis,
     short,
@@ -86,6 +87,7 @@ def predicted_vs_observed(
     title = f"{inside.mean():.1%} of {len(mean):,} observations lie in their {level:.0%} interval"
     finish(ax, title, f"predicted {name}", f"observed {name}")
     _headroom(ax, 0.1)
+    same_exponent(ax)
     legend(ax, loc="upper left", ncols=3)
     return ax
 
@@ -161,6 +163,7 @@ def residuals_vs_std(y: Any, predictive: Any, *, output: int = 0, ax: Axes | Non
     if outside:
         note = f"{outside} more above"
         ax.text(0.99, 0.985, note, transform=ax.transAxes, ha="right", va="top", fontsize=8.5, color=GREY)
+    same_exponent(ax)
     finish(
         ax, "Errors against their predicted size", "predicted standard deviation", "|observed - predicted|"
     )
@@ -202,7 +205,13 @@ def training_curve(history: Sequence[dict[str, Any]], *, ax: Axes | None = None)
     if curves:
         columns = 1 if len(curves) < 4 else 2
         _headroom(ax, 0.07 * -(-len(curves) // columns))
-        legend(ax, loc="upper right", ncols=columns)
+        narrow: dict[str, Any] = {
+            "fontsize": 7,
+            "handlelength": 1.3,
+            "handletextpad": 0.5,
+            "columnspacing": 1.0,
+        }
+        legend(ax, loc="upper right", ncols=columns, **(narrow if columns > 1 else {}))
     return ax
 
 

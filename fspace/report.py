@@ -59,7 +59,8 @@ CAPTIONS = {
     ),
     "reliability": (
         "Of the predictions that state 80%, 80% should be right, and so for every probability. Below the diagonal "
-        "the model is too sure, above it too cautious; bars are what chance allows."
+        "the model is too sure, above it too cautious; the diagonal should cross nearly all bars, which are what "
+        "chance allows."
     ),
     "confusion": "Each row is what was observed, each column what was predicted; the diagonal is right.",
     "rejection": (
@@ -67,8 +68,8 @@ CAPTIONS = {
         "the blue line above the pale one, the better it knows where it is wrong."
     ),
     "probability": (
-        "Probabilities while one input moves and the others stay as in a typical row. The bands are what the model "
-        "does not know about the function: more data would narrow them."
+        "Probabilities while one input moves and the others stay as in a typical row. The bands hold 90% of "
+        "what each may be, as the function is not known: more data would narrow them."
     ),
     "draws": (
         "Functions drawn from the posterior while one input moves and the others stay as in a typical"

@@ -81,7 +81,7 @@ def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
         y = _numbers(target)
     # over all rows, so that a bad cell is named by its row in the file, not by its row in the training part
     TableEncoder(missing=str(run.options.get("missing", "error"))).fit(inputs)
-    train, test = _split(len(inputs), run.test_fraction, seed)
+    train, test = _split(len(inputs), run.test_fraction, seed, None if classes is None else y)
     estimator = GPRegressor if classes is None else GPClassifier
     own = {k: v for k, v in run.options.items() if classes is None or k not in ("inference", "likelihood")}
     model = estimator(categories=list(run.categorical) or None, progress=False if quiet else "auto", **own)
@@ -232,7 +232,9 @@ def predict_table(
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
     kinds = (
-        "predicted, probabilities" if isinstance(fitted, GPClassifier) else "mean, std, lower_90, upper_90"
+        "predicted, probabilities, entropy, mutual_information"
+        if isinstance(fitted, GPClassifier)
+        else "mean, std, lower_90, upper_90"
     )
     return {"rows": rows, "out": str(target_file), "targets": names, "notes": notes, "columns": kinds}
 
@@ -310,8 +312,11 @@ def _load(run: FitRun) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     return inputs, target, source
 
 
-def _split(n: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to fit and rows held out, each in the table's order."""
+def _split(
+    n: int, fraction: float, seed: int, labels: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to fit and rows held out, each in the table's order. labels [n]: classes, of which both parts hold the same
+    shares, so that a small part held out is no other mixture than what was fitted."""
     if fraction == 0:
         return np.arange(n), np.arange(0)
     if n < 3:
@@ -321,6 +326,10 @@ def _split(n: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
         )
     held = min(max(1, round(n * fraction)), n - 2)
     order = np.random.default_rng(seed).permutation(n)
+    if labels is not None:  # class by class, and of these every so many-th row
+        order = order[np.argsort(labels[order], kind="stable")]
+        taken = ((np.arange(held) + 0.5) * n / held).astype(int)
+        order = np.concatenate([order[taken], np.delete(order, taken)])
     return np.sort(order[held:]), np.sort(order[:held])
 
 
@@ -362,7 +371,7 @@ def _positions(model: GPClassifier, target: pd.DataFrame) -> np.ndarray:
 def _require_known(y: np.ndarray, test: np.ndarray, target: pd.DataFrame) -> None:
     unseen = test[y[test] < 0]
     if len(unseen):
-        label = target.iloc[int(unseen[0]), 0]
+        label = target.iloc[[int(unseen[0])], 0].tolist()[0]  # a plain value, as the table has it
         raise DataError(
             f"The class {label!r} (row {unseen[0]}) is in the rows held out but not in those fitted: it is too rare to "
             "measure. Leave its rows out, take another --seed, or --test-fraction 0."

@@ -171,7 +171,13 @@ class Categorical(Predictive):
 
     def log_prob(self, y: Any) -> Float[Tensor, " n"]:
         """Log probability of integer labels [n]. Raises DataError for labels that are no class."""
-        y = as_tensor(y, self.probs.device)
+        try:
+            y = as_tensor(y, self.probs.device)
+        except DataError as error:
+            raise DataError(
+                "Labels must be positions in the model's classes_, not the classes themselves: "
+                "numpy.searchsorted(model.classes_, y)."
+            ) from error
         labels = y.long()
         known = (labels == y) & (labels >= 0) & (labels < self.probs.shape[1])
         if labels.shape != self.probs.shape[:1] or not bool(known.all()):

@@ -85,7 +85,7 @@ def check_labels(y: Any, n: int, known: Any = None) -> tuple[np.ndarray, Int[np.
         classes, labels = known, np.array([at[label] for label in values.tolist()])
     if len(classes) < 2:
         raise DataError(
-            f"y holds one class only ({classes[0]!r}); a classifier needs at least 2 classes to tell apart."
+            f"y holds one class only ({classes.tolist()[0]!r}); a classifier needs at least 2 classes to tell apart."
         )
     return classes, labels.reshape(-1)
 

@@ -220,3 +220,10 @@ def test_a_likelihood_that_does_not_fit_the_options_is_refused():
         fspace.GPRegressor(likelihood="poisson", inference="exact").fit(X3, [1, 2, 3, 4, 5, 6])
     with pytest.raises(OptionError, match="GPClassifier"):
         fspace.GPRegressor(likelihood="bernoulli").fit(X3, [0, 1, 0, 1, 0, 1])
+
+
+def test_forget_takes_the_name_of_one_site():
+    x = np.linspace(0, 1, 20)[:, None]
+    model = fspace.GPRegressor(kernel="rbf").fit(x, x[:, 0])
+    with pytest.raises(OptionError, match="name one site"):
+        model.forget([0, 1])

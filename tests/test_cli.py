@@ -126,7 +126,7 @@ def test_several_targets_and_parquet(full_run, tmp_path):
     write_table(table().astype({"city": "category"}), tmp_path / "houses.parquet")
     status, out, _ = run("fit", "houses.parquet", "--target", "price", "--target", "rent", *QUICK)
     assert status == 0 and "rent" in out and out.count("mean only") == 2
-    assert "log-likelihood" in out and "…" not in out  # 80 columns are enough
+    assert "likelihood" in out and "…" not in out  # 80 columns are enough
     predictions = read_table("fspace-out/predictions.csv")
     assert list(predictions) == ["row", "observed_price", "observed_rent"] + [
         f"{kind}_{name}" for name in ("price", "rent") for kind in ("mean", "std", "lower_90", "upper_90")
@@ -139,6 +139,24 @@ def test_several_targets_and_parquet(full_run, tmp_path):
 def test_kernels_that_predict_together_are_all_named():
     assert runs.describe_choice({"rbf": 0.25, "matern": 0.75}) == "matern (75%); rbf (25%)"
     assert runs.describe_choice({"rbf": 1.0}) == "rbf"
+
+
+@pytest.mark.parametrize("columns", [50, 80])
+def test_a_number_is_never_cut_at_the_edge_of_the_terminal(monkeypatch, capsys, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    scores = {
+        "rmse": 1.009e6,
+        "mae": 764900.0,
+        "r2": -0.009184,
+        "log_likelihood": -15.26,
+        "coverage_90": 0.904,
+    }
+    of_each = dict.fromkeys(["price", "a_target_with_quite_a_long_name"], scores | {"width_90": 3.018e6})
+    cli._print_results(
+        {"task": "regression", "targets": list(of_each), "rows": {"test": 5, "train": 9}, "metrics": of_each}
+        | {"baseline": of_each, "weights": {"matern": 1.0}, "files": {"report": "report.html"}}
+    )
+    assert capsys.readouterr().out.count("3.018e+06") == 4
 
 
 def test_results_are_printed_where_only_ascii_can_be(houses):

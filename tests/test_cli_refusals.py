@@ -119,7 +119,7 @@ def test_noise_and_inducing_inputs_are_options_of_the_command(run, houses):
     assert share.likelihood == number.likelihood == "heteroscedastic"
     assert share.inducing == 0.01 and number.inducing == 5 and isinstance(number.inducing, int)
     assert number.posterior_.site.shift.shape[-1] == 5
-    refused(run(*FIT, "--likelihood", "poisson"), "poisson", "heteroscedastic")
+    refused(run(*FIT, "--likelihood", "cauchy"), "cauchy", "heteroscedastic")
     refused(run(*FIT, "--inducing", "0"), "inducing")
     refused(run(*FIT, "--inducing", "2.5"), "inducing")
 
@@ -140,3 +140,51 @@ def test_ctrl_c_in_a_running_command_writes_the_best_state(houses):
     assert model.interrupted_ and not part.exists()
     frame = read_table(houses)
     assert len(model.predict(frame[["size", "rooms"]])) == len(frame)
+
+
+# ---- classes -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flowers(monkeypatch, tmp_path):
+    rng = np.random.default_rng(0)
+    kind = np.repeat(["iris", "rose", "tulip"], [10, 20, 30])
+    length = rng.normal(size=60) + 4.0 * (kind == "rose")
+    pd.DataFrame({"length": length, "kind": kind}).to_csv(tmp_path / "flowers.csv", index=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_rows_held_out_have_the_shares_of_the_classes(run, flowers):
+    status, out, _ = run(
+        "fit", "flowers.csv", "--target", "kind", "--task", "classification", "--kernel", "matern"
+    )
+    assert status == 0 and "accuracy" in out
+    held = pd.read_csv("fspace-out/predictions.csv")
+    assert held["observed"].value_counts().to_dict() == {"iris": 2, "rose": 4, "tulip": 6}
+    status, out, _ = run("predict", "fspace-out", "flowers.csv", "--out", "new.csv")
+    assert status == 0 and "mutual_information" in out
+
+
+def test_a_regression_of_labels_points_to_classification(run, flowers):
+    refused(run("fit", "flowers.csv", "--target", "kind"), "holds text", "--task classification")
+
+
+def test_a_classification_of_numbers_warns_once_and_names_a_plain_value(run, houses):
+    table = pd.read_csv("houses.csv")
+    table.assign(price=np.arange(40.0)).to_csv("houses.csv", index=False)  # whole numbers may be classes
+    status, _, err = run("fit", "houses.csv", "--target", "price", "--task", "classification")
+    assert status == 2 and "np.float64" not in err
+    assert err.count("Note: The number of unique classes") == 1
+
+
+def test_empty_cells_in_a_prediction_name_the_command_that_fills_them(run, houses):
+    assert run(*FIT)[0] == 0
+    pd.DataFrame({"size": [1.0, None], "rooms": [2, 3]}).to_csv("holes.csv", index=False)
+    refused(run("predict", "fspace-out", "holes.csv", "--out", "p.csv"), "fspace fit --missing impute")
+
+
+def test_help_is_wrapped_anew(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    status, out, _ = run("fit", "--help")
+    assert status == 0 and "ends the fit early: everything is written" in " ".join(out.split())
+    assert "the fit early:\n" not in out

@@ -14,12 +14,12 @@ import pandas as pd
 import pytest
 import torch
 
-from fspace import plots
+from fspace import class_plots, plots
 from fspace.canvas import curves_of, frame_of
 from fspace.data import TableEncoder
 from fspace.errors import DataError, OptionError
 from fspace.posterior import FunctionDraws, FunctionPosterior
-from fspace.predictive import Gaussian
+from fspace.predictive import Categorical, Gaussian
 from fspace.report import CAPTIONS, input_relevance, report_html, write_report
 
 
@@ -160,6 +160,25 @@ def test_equal_deviations_and_single_points_are_drawn():
     plots.calibration(y, predictive).figure.canvas.draw()
 
 
+def test_both_axes_of_one_unit_have_one_power_of_ten():
+    y, predictive = calibrated(60)
+    large = Gaussian(3e6 + 3e6 * predictive.mean, 9e12 * predictive.variance)
+    ax = plots.predicted_vs_observed(3e6 + 3e6 * y, large)
+    ax.figure.canvas.draw()
+    assert {axis.get_offset_text().get_text() for axis in (ax.xaxis, ax.yaxis)} == {"1e6"}
+
+
+# ---- classes -----------------------------------------------------------------------------------------
+
+
+def test_bars_and_ticks_of_classes_stay_within_what_a_share_can_be():
+    predictive = Categorical(torch.tensor([[0.9, 0.1]]).expand(23, 2))
+    ends = class_plots.reliability(np.zeros(23), predictive).containers[0].lines[2][0].get_segments()[0][:, 1]
+    np.testing.assert_allclose(ends, [23 / (23 + 1.96**2), 1.0])  # Wilson's interval where all are right
+    ax = class_plots.accuracy_rejection(np.arange(23) % 8 == 0, predictive)
+    assert max(ax.get_yticks()) <= 1.0 + 1e-9
+
+
 # ---- training ----------------------------------------------------------------------------------------
 
 
@@ -182,6 +201,19 @@ def test_curves_on_other_scales_get_scales_of_their_own():
     assert "own scale" in ax.get_ylabel()
     assert np.ptp(line(ax, "b:").get_ydata()) == pytest.approx(1.0)
     assert line(ax, "b:").get_label() == "b: 1 to 0.81"
+
+
+def test_the_legend_of_many_stages_stays_inside_the_frame():
+    stages = ["matern", *(f"deep {k}{part}" for k in range(1, 4) for part in (": features", ""))]
+    history = [
+        {"stage": stage, "loss": 0.00139 * 10**k - 1e-5 * i, "heldout": 0.07561 + 0.01 * i}
+        for k, stage in enumerate(stages)
+        for i in range(5)
+    ]
+    ax = plots.training_curve(history)
+    ax.figure.canvas.draw()
+    frame, words = ax.get_window_extent(), ax.get_legend().get_window_extent()
+    assert frame.x0 <= words.x0 and words.x1 <= frame.x1
 
 
 @pytest.mark.parametrize("history", [[], [{"stage": "a", "loss": float("nan")}], [{"loss": 3.0}]])

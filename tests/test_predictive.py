@@ -456,3 +456,8 @@ def test_what_cannot_be_built_is_refused():
 def test_labels_that_are_no_class_are_refused(labels):
     with pytest.raises(DataError, match="integers from 0 to 1"):
         Categorical(torch.full((2, 2), 0.5)).log_prob(labels)
+
+
+def test_a_log_prob_of_class_names_says_what_to_give():
+    with pytest.raises(DataError, match="positions in the model's classes_"):
+        Categorical(torch.full((2, 2), 0.5)).log_prob(["cat", "dog"])
