@@ -215,7 +215,7 @@ class GPEstimator(BaseEstimator):
         """Rows behind every site of the posterior, by name: what `fit` saw first, then each `partial_fit`."""
         return {name: site.count for name, site in self._members()[0].sites.items()}
 
-    def forget(self, site: str) -> GPEstimator:
+    def forget(self, site: Any) -> GPEstimator:
         """Take back what one site (a key of `sites_`) says, as if its rows had never come; kernel and noise stay.
 
         Raises OptionError for a site that is not there, or the only one.
@@ -223,7 +223,7 @@ class GPEstimator(BaseEstimator):
         self._replace([forget(member, site) for member in self._members()])
         return self
 
-    def _take_in(self, x: np.ndarray, y: np.ndarray, site: str | None, discount: float) -> None:
+    def _take_in(self, x: np.ndarray, y: np.ndarray, site: Any, discount: Any) -> None:
         """Encoded rows x and y [n] or [n, t] as one more site of every member."""
         members = self._members()
         name = site if site is not None else self._free_name(members[0].sites)
