@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special, stats
 from torch import Tensor, distributions
 
 from fspace.errors import OptionError
@@ -16,7 +16,6 @@ from fspace.gaussians import Gaussian
 from fspace.predictive_base import Continuous, check_count, generator_for
 
 NODES = 32  # of the quadrature over the function's value
-HALVINGS = 60  # of the bracket around a quantile
 
 
 class Compound(Continuous):
@@ -63,17 +62,27 @@ class Compound(Continuous):
         """Mean of Var[y | f] over f."""
         return self._average(self._given.variance.expand_as(self._given.mean)) * self.scale**2
 
+    @property
+    def covariance(self) -> Tensor:
+        """Not known in closed form. Raises OptionError."""
+        raise OptionError(
+            "Observations that are not Gaussian have no joint covariance in closed form; draw samples (rsample, "
+            "sample_y), or take that of the function: posterior_.latent(x).covariance."
+        )
+
     def rsample(self, n: int = 1, seed: int | None = None) -> Tensor:
         """n samples, joint over the points: one draw of f at all of them, then y given f (not differentiable)."""
         generator = generator_for(seed, torch.device("cpu"))
         seeds = torch.randint(2**31, (2,), generator=generator).tolist()
         values = self.latent.rsample(check_count(n), seeds[0])
+        if values.numel() == 0:
+            return values
         uniform = torch.rand(values.shape, generator=generator, dtype=torch.float64)
         drawn = scipy_form(self.conditional(values)).ppf(uniform.clamp(1e-12, 1.0 - 1e-12).numpy())
         return self.shift + self.scale * torch.from_numpy(np.asarray(drawn)).to(values)
 
     def log_prob(self, y: Any) -> Tensor:
-        w = (self._check(y) - self.shift) / self.scale
+        w = ((self._check(y) - self.shift) / self.scale).expand_as(self.latent.mean)
         support = getattr(self._given, "support", None)
         inside = torch.ones_like(w, dtype=torch.bool) if support is None else support.check(w)
         safe = torch.where(inside, w, self._given.mean[0].round().clamp(min=0.5))
@@ -94,33 +103,77 @@ class Compound(Continuous):
         form, weights = scipy_form(self._given), self._weights.cpu().numpy()
         ends = form.ppf(p)
         low, high = ends.min(axis=0), ends.max(axis=0)
-        counts = bool(getattr(self._given, "support", None) is distributions.constraints.nonnegative_integer)
-        if counts:
-            low = low - 1.0
-        for _ in range(HALVINGS):
-            middle = np.floor(0.5 * (low + high)) if counts else 0.5 * (low + high)
-            below = np.tensordot(weights, form.cdf(middle), axes=1) < p
-            low, high = np.where(below, middle, low), np.where(below, high, middle)
-            if np.all(high - low <= (1.0 if counts else 1e-14 * np.abs(high))):
-                break
-        found = torch.from_numpy(np.asarray(high if counts else 0.5 * (low + high))).to(self._weights)
-        return self.shift + self.scale * found
+        whole = isinstance(form, Counts)
+        low = low - 1.0 if whole else low
+        found = bisected(lambda w: np.tensordot(weights, form.cdf(w), axes=1), p, low, high, whole)
+        return self.shift + self.scale * torch.from_numpy(found).to(self._weights)
 
     def affine(self, loc: Tensor | float, scale: Tensor | float) -> Compound:
         """The same distribution for scale * y + loc (scalars, or one an output)."""
         return Compound(self.latent, self.conditional, loc + scale * self.shift, scale * self.scale)
 
 
+def bisected(
+    cdf: Callable[[np.ndarray], np.ndarray], p: Any, low: np.ndarray, high: np.ndarray, whole: bool
+) -> np.ndarray:
+    """Where cdf, below p at `low`, first is at least p, at most at `high`; whole: among whole numbers.
+
+    Halves the logarithm where the ends are positive and of different size: they may lie 300 decades apart.
+    """
+    low, high = np.asarray(low, dtype=np.float64), np.asarray(high, dtype=np.float64)
+    near_zero = np.where(low < 0, 1e-17 * (high - low), 0.0)
+    while True:
+        apart = (low > 0) & (high > 4.0 * low)
+        middle = np.where(apart, np.sqrt(np.abs(low)) * np.sqrt(np.abs(high)), low + 0.5 * (high - low))
+        if whole:
+            middle = np.floor(middle)
+        going = (low < middle) & (middle < high)
+        if not whole:
+            going &= high - low > np.maximum(1e-14 * np.abs(high), near_zero)
+        if not going.any():
+            return high
+        below = cdf(middle) < p
+        low, high = np.where(going & below, middle, low), np.where(going & ~below, middle, high)
+
+
+class Counts:
+    """A distribution of counts by its function: scipy's quantiles of large ones are NaN (Poisson), or take for ever
+    (negative binomial)."""
+
+    def __init__(self, cdf: Callable[[np.ndarray], np.ndarray], mean: np.ndarray, deviation: np.ndarray):
+        self._cdf, self.mean, self.deviation = cdf, mean, deviation
+
+    def cdf(self, w: Any) -> np.ndarray:
+        """P(count <= w)."""
+        k = np.floor(np.asarray(w, dtype=np.float64))
+        return np.where(k < 0, np.where(np.isnan(k), k, 0.0), self._cdf(np.maximum(k, 0.0)))
+
+    def ppf(self, p: Any) -> np.ndarray:
+        """The smallest count whose cdf is at least p; the bracket grows from the mean."""
+        width = self.deviation + 1.0
+        low, high = np.floor(self.mean - width), np.ceil(self.mean + width)
+        while (wrong := (low >= 0) & (self.cdf(low) >= p)).any():
+            width = 2.0 * width
+            low = np.where(wrong, np.floor(self.mean - width), low)
+        while (wrong := self.cdf(high) < p).any():
+            width = 2.0 * width
+            high = np.where(wrong, np.ceil(self.mean + width), high)
+        return bisected(self.cdf, p, np.maximum(low, -1.0), high, True)
+
+
 def scipy_form(given: distributions.Distribution) -> Any:
-    """A torch distribution as scipy has it, with cdf and ppf. Raises OptionError for a kind not known here."""
+    """A torch distribution with cdf and ppf, as scipy has it. Raises OptionError for a kind not known here."""
 
     def numpy(value: Tensor) -> np.ndarray:
         return value.detach().cpu().numpy()
 
     if isinstance(given, distributions.Poisson):
-        return stats.poisson(numpy(given.rate))
+        rate = numpy(given.rate)
+        return Counts(lambda k: special.gammaincc(k + 1.0, rate), rate, np.sqrt(rate))
     if isinstance(given, distributions.NegativeBinomial):  # torch's probs is that of one more count
-        return stats.nbinom(numpy(given.total_count), numpy(torch.sigmoid(-given.logits)))
+        total, rest = numpy(given.total_count), numpy(torch.sigmoid(-given.logits))
+        moments = numpy(given.mean), numpy(given.variance.sqrt())
+        return Counts(lambda k: special.betainc(total, k + 1.0, rest), *moments)
     if isinstance(given, distributions.StudentT):
         return stats.t(numpy(given.df), numpy(given.loc), numpy(given.scale))
     if isinstance(given, distributions.Laplace):

@@ -23,7 +23,14 @@ from fspace.inference.candidates import EXACT_ROWS
 from fspace.inference.likelihoods import NAMED, REAL, with_offset
 from fspace.inference.optimise import MIN_NOISE, gaussian_likelihood
 from fspace.predictive_base import as_tensor
-from fspace.targets import balanced, check_labels, check_support, check_weights
+from fspace.targets import (
+    balanced,
+    check_labels,
+    check_likelihood,
+    check_support,
+    check_weights,
+    known_classes,
+)
 
 GAUSSIAN = ("auto", "gaussian", "heteroscedastic")
 LIKELIHOODS = (*GAUSSIAN, *(name for name in NAMED if name != "bernoulli"))
@@ -101,6 +108,8 @@ class GPRegressor(RegressorMixin, GPEstimator):
         columns = target.reshape(len(x), -1)
         given = NAMED[self.likelihood]() if self.likelihood in tuple(NAMED) else self.likelihood
         link = isinstance(given, Likelihood) and not isinstance(given, GaussianLikelihood)
+        if link:
+            check_likelihood(given, columns)
         if link and not isinstance(given, REAL):
             check_support(columns, given, target.ndim == 1)
             shift, scale = np.zeros(columns.shape[1]), np.ones(columns.shape[1])
@@ -130,7 +139,7 @@ class GPRegressor(RegressorMixin, GPEstimator):
         self.target_names_ = target_names(y, target)
         return self
 
-    def partial_fit(self, X: Any, y: Any, site: str | None = None, discount: float = 1.0) -> GPRegressor:
+    def partial_fit(self, X: Any, y: Any, site: Any = None, discount: Any = 1.0) -> GPRegressor:
         """Take in more rows as one more site, in the time of these rows; kernel and noise stay as `fit` left them. The
         first call is `fit`.
 
@@ -283,8 +292,8 @@ class GPClassifier(ClassifierMixin, GPEstimator):
         y: Any,
         classes: Any = None,
         sample_weight: Any = None,
-        site: str | None = None,
-        discount: float = 1.0,
+        site: Any = None,
+        discount: Any = 1.0,
     ) -> GPClassifier:
         """Take in more rows as one more site, in the time of these rows; the kernel stays as `fit` left it. The first
         call is `fit`; where its rows lack some classes, `classes` names all.
@@ -296,6 +305,10 @@ class GPClassifier(ClassifierMixin, GPEstimator):
             return self._fit_labels(X, y, sample_weight, classes)
         if sample_weight is not None:
             raise OptionError("partial_fit takes sample_weight in its first call only; repeat rows instead.")
+        if classes is not None and not np.array_equal(known_classes(classes), self.classes_):
+            raise OptionError(
+                f"classes={classes!r} are not those of the first call, {self.classes_.tolist()[:20]}; fit anew."
+            )
         x = np.asarray(self.encoder_.transform(X), dtype=np.float64)
         labels = check_labels(y, len(x), self.classes_)[1]
         self._take_in(x, labels.astype(np.float64), site, discount)

@@ -226,7 +226,7 @@ class GPEstimator(BaseEstimator):
         self._replace([forget(member, site) for member in self._members()])
         return self
 
-    def _take_in(self, x: np.ndarray, y: np.ndarray, site: str | None, discount: float) -> None:
+    def _take_in(self, x: np.ndarray, y: np.ndarray, site: Any, discount: Any) -> None:
         """Encoded rows x and y [n] or [n, t] as one more site of every member."""
         members = self._members()
         name = site if site is not None else self._free_name(members[0].sites)

@@ -9,7 +9,7 @@ import torch
 from gpytorch.kernels import AdditiveKernel, Kernel, ScaleKernel
 from torch import Tensor
 
-from fspace.errors import OptionError
+from fspace.errors import NotFittedError, OptionError
 from fspace.gaussians import Gaussian
 from fspace.inference.gp import GPPosterior
 from fspace.inference.numerics import solve_lower
@@ -32,6 +32,8 @@ def relevance(model: Any, X: Any, y: Any = None, method: str = "slope", seed: in
     """
     if method not in METHODS:
         raise OptionError(f"method={method!r} does not exist; choose one of {', '.join(METHODS)}.")
+    if not hasattr(model, "posterior_"):
+        raise NotFittedError(f"This {type(model).__name__} instance is not fitted yet. Call 'fit' first.")
     names, sources = model.encoder_.feature_names, model.encoder_.source_columns
     if not sources:
         raise OptionError("Images and sequences have no columns; relevance is for tables.")

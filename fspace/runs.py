@@ -22,14 +22,15 @@ from fspace.canvas import column_of
 from fspace.columns import suggest
 from fspace.data import TableEncoder, check_target, load_diabetes_table, read_table, split_target, write_table
 from fspace.errors import DataError, ModelFileError, OptionError
-from fspace.estimators import GPClassifier, GPRegressor
+from fspace.estimators import LIKELIHOODS, GPClassifier, GPRegressor
 from fspace.fitting import GPEstimator
+from fspace.inference.likelihoods import NAMED
 from fspace.predictive_base import check_seed
 from fspace.progress import progress
 from fspace.report import write_report
 from fspace.scores import baseline_scores, class_baseline_scores, class_scores, regression_scores
 from fspace.streams import PartWriter, read_parts
-from fspace.targets import check_labels
+from fspace.targets import check_labels, check_support
 
 TASKS = ("regression", "classification")
 DEFAULT_OUT = "fspace-out"
@@ -79,6 +80,9 @@ def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
         classes, y = check_labels(target.iloc[:, 0], len(target))
     else:
         y = _numbers(target)
+        likelihood = str(run.options.get("likelihood", "auto"))
+        if likelihood in LIKELIHOODS and likelihood in NAMED:
+            check_support(y.reshape(len(y), -1), NAMED[likelihood](), y.ndim == 1)
     # over all rows, so that a bad cell is named by its row in the file, not by its row in the training part
     TableEncoder(missing=str(run.options.get("missing", "error"))).fit(inputs)
     train, test = _split(len(inputs), run.test_fraction, seed, None if classes is None else y)

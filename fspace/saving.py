@@ -99,7 +99,17 @@ def save(model: GPEstimator, path: str | Path) -> Path:
 
 def _classes_to_json(classes: np.ndarray) -> dict[str, Any]:
     dtype = "object" if classes.dtype.kind == "O" else classes.dtype.str
-    return {"values": classes.tolist(), "dtype": dtype}
+    dates = (
+        classes.dtype.kind in "mM"
+    )  # as whole numbers of their unit: text of durations cannot be read back
+    return {"values": classes.view(np.int64).tolist() if dates else classes.tolist(), "dtype": dtype}
+
+
+def _classes_from_json(saved: Mapping[str, Any]) -> np.ndarray:
+    dtype = np.dtype(saved["dtype"])
+    if dtype.kind in "mM":
+        return np.array(saved["values"], dtype=np.int64).view(dtype)
+    return np.array(saved["values"], dtype=dtype)
 
 
 def _plain(value: Any) -> Any:
@@ -119,7 +129,13 @@ def _option(name: str, value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, Likelihood):
         tensors |= {f"option.{name}.{k}": v for k, v in value.state_dict().items()}
         return likelihood_to_spec(value)
+    if isinstance(value, dict):  # JSON would make text of keys that are labels
+        return {"items": [[_plain_label(key), item] for key, item in value.items()]}
     return value
+
+
+def _plain_label(label: Any) -> Any:
+    return label.item() if isinstance(label, np.generic) else label
 
 
 def _read_option(
@@ -136,6 +152,8 @@ def _read_option(
         likelihood = GaussianLikelihood(noise_constraint=Positive(), batch_shape=own["noise"].shape[:-1])
         likelihood.to(own["noise"].dtype).noise = own["noise"]
         return likelihood
+    if isinstance(value, dict) and "items" in value:
+        return dict(value["items"])
     if isinstance(value, dict) and "likelihood" in value:
         other = likelihood_from_spec(value)
         other.load_state_dict(own)
@@ -237,7 +255,7 @@ def load(path: str | Path, device: str = "auto", modules: Mapping[str, torch.nn.
         model.budget_ = header["budget"]
         model.relevance_ = torch.tensor(header["relevance"], dtype=torch.float64).numpy()
         if isinstance(model, GPClassifier):
-            model.classes_ = np.array(header["classes"]["values"], dtype=header["classes"]["dtype"])
+            model.classes_ = _classes_from_json(header["classes"])
         model.n_features_in_ = model.encoder_.n_features_in_
         if hasattr(model.encoder_, "feature_names_in_"):
             model.feature_names_in_ = model.encoder_.feature_names_in_

@@ -88,8 +88,10 @@ def unmasked(values: Any) -> Any:
     """A masked array with NaN where values are masked, so that they count as missing; anything else as it is."""
     if not isinstance(values, np.ma.MaskedArray):
         return values
-    if values.dtype.kind not in "fiub" or not np.ma.is_masked(values):
-        return values.filled(np.nan) if values.dtype.kind == "O" else values.data
+    if not np.ma.is_masked(values):
+        return values.data
+    if values.dtype.kind not in "fiub":
+        return values.astype(object).filled(np.nan)
     return np.where(np.ma.getmaskarray(values), np.nan, values.data)
 
 

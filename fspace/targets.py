@@ -15,12 +15,34 @@ from sklearn.utils.validation import column_or_1d
 from torch import distributions
 
 from fspace.errors import DataError, OptionError
+from fspace.tables import unmasked
 
 KINDS = {  # what a distribution asks of y
     distributions.constraints.nonnegative_integer: "whole numbers of at least 0",
     distributions.constraints.positive: "positive numbers",
     distributions.constraints.unit_interval: "numbers strictly between 0 and 1",
 }
+
+
+def check_likelihood(likelihood: Likelihood, y: Float[np.ndarray, "n t"]) -> None:
+    """Raises OptionError for a gpytorch likelihood that is not of one function, the same for every output."""
+    some = torch.from_numpy(y[:1]).expand(y.shape[1] + 1, -1)  # not as many rows as outputs
+    try:
+        with torch.no_grad():
+            shapes = [
+                likelihood(torch.zeros_like(part)).log_prob(part).shape
+                for part in (some, some.mT.contiguous())
+            ]
+    except Exception as error:  # whatever a foreign likelihood raises
+        raise OptionError(
+            f"likelihood={type(likelihood).__name__} cannot be used on y with {y.shape[1]} output(s): {error}. Pass "
+            "one of one function, without batch_shape or tasks, whose y is numbers; all outputs share it."
+        ) from error
+    if shapes != [some.shape, some.mT.shape]:
+        raise OptionError(
+            f"likelihood={type(likelihood).__name__} gives densities of shape {list(shapes[1])} for "
+            f"{list(some.mT.shape)} function values. Pass one without batch_shape or tasks; all outputs share it."
+        )
 
 
 def check_support(y: Float[np.ndarray, "n t"], likelihood: Likelihood, vector: bool) -> None:
@@ -42,6 +64,16 @@ def check_support(y: Float[np.ndarray, "n t"], likelihood: Likelihood, vector: b
         )
 
 
+def check_positions(y: Float[np.ndarray, "n 1"], classes: int) -> None:
+    """Raises DataError, with the row, for a y that is no position among so many classes."""
+    bad = (y != np.floor(y)) | (y < 0) | (y >= classes)
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        raise DataError(
+            f"y holds {y[row, 0]:g} (row {row}); classes are whole numbers from 0 to {classes - 1} here."
+        )
+
+
 def check_labels(y: Any, n: int, known: Any = None) -> tuple[np.ndarray, Int[np.ndarray, " n"]]:
     """The classes, sorted, and the position of every row's. known: all classes there are (None: those in y).
 
@@ -49,13 +81,23 @@ def check_labels(y: Any, n: int, known: Any = None) -> tuple[np.ndarray, Int[np.
     """
     if y is None:
         raise DataError("requires y to be passed, but the target y is None.")
-    if isinstance(y, list) and len({type(label) for label in y if label is not None}) > 1:
+    if isinstance(y, list) and any(isinstance(label, str) for label in y):
         y = np.array(y, dtype=object)  # numpy would make text of numbers that stand beside text
-    values = np.asarray(y.cpu() if isinstance(y, torch.Tensor) else y)
-    missing = np.asarray(pd.isna(values)).reshape(len(values), -1).any(axis=1) if values.ndim else None
-    if missing is not None and missing.any():
+    try:
+        y = unmasked(y)
+        values = np.asarray(y.detach().cpu() if isinstance(y, torch.Tensor) else y)
+    except ValueError as error:
+        raise DataError(
+            f"y holds no labels, one for each row: its rows differ in length ({error})."
+        ) from error
+    if values.ndim == 0 or values.size == 0:
+        raise DataError(f"y should be a 1d array of labels; got shape {values.shape} instead.")
+    missing = np.asarray(pd.isna(values)).reshape(len(values), -1).any(axis=1)
+    if missing.any():
         rows = np.flatnonzero(missing)
         raise DataError(f"y is NaN or missing in row {rows[0]} ({len(rows)} in all); remove such rows.")
+    if values.dtype == object and values.ndim == 1:  # whole numbers and booleans as such
+        values = pd.Series(values).infer_objects().to_numpy()
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise DataError(f"y is infinite in row {int(np.flatnonzero(~np.isfinite(values))[0])}.")
     if values.dtype == object:
@@ -67,13 +109,15 @@ def check_labels(y: Any, n: int, known: Any = None) -> tuple[np.ndarray, Int[np.
     try:
         values = column_or_1d(values, warn=True)
         check_classification_targets(values)
-    except ValueError as error:
-        raise DataError(f"{error}") from error
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{error} Labels are text, whole numbers, booleans or dates, all of one kind."
+        ) from error
     if len(values) != n:
         raise DataError(f"X has {n} rows, but y has {len(values)}.")
     classes, labels = np.unique(values, return_inverse=True)
     if known is not None:
-        known = np.unique(np.asarray(known))
+        known = known_classes(known)
         strange = [label for label in classes.tolist() if label not in known.tolist()]
         if strange:
             row = values.tolist().index(strange[0])
@@ -88,6 +132,17 @@ def check_labels(y: Any, n: int, known: Any = None) -> tuple[np.ndarray, Int[np.
             f"y holds one class only ({classes.tolist()[0]!r}); a classifier needs at least 2 classes to tell apart."
         )
     return classes, labels.reshape(-1)
+
+
+def known_classes(classes: Any) -> np.ndarray:
+    """All classes there are, sorted. Raises OptionError for what is no list of labels."""
+    try:
+        known = np.unique(np.asarray(classes))
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"classes={classes!r} must be labels of one kind ({error}).") from error
+    if np.ndim(classes) != 1 or pd.isna(known).any():
+        raise OptionError(f"classes={classes!r} must be a list of labels, none of them missing.")
+    return known
 
 
 def check_weights(sample_weight: Any, n: int) -> Float[np.ndarray, " n"] | None:
@@ -122,7 +177,8 @@ def balanced(
     """The weights times those of the classes. Raises OptionError for a class_weight that is none."""
     if class_weight is None:
         return weight
-    if class_weight != "balanced" and not isinstance(class_weight, dict):
+    named = isinstance(class_weight, str) and class_weight == "balanced"
+    if not named and not isinstance(class_weight, dict):
         raise OptionError(
             f"class_weight={class_weight!r} must be None, 'balanced', or a dict from class to weight."
         )

@@ -2,10 +2,14 @@
 
 import subprocess
 import sys
+import warnings
 
+import gpytorch
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from gpytorch import likelihoods
 from sklearn.datasets import load_breast_cancer, load_digits, load_iris
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
@@ -15,7 +19,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
 import fspace
-from fspace.errors import DataError, FspaceError, OptionError
+from fspace.errors import DataError, FspaceError, ModelFileError, OptionError
+from fspace.inference.candidates import input_scaling
 from fspace.predictive import Categorical
 
 CHECKS = list(estimator_checks_generator(fspace.GPClassifier(kernel="matern")))
@@ -144,6 +149,12 @@ X3 = np.arange(12.0).reshape(6, 2)
         ([0.1, 0.2, 0.3, 0.4, 0.5, 0.61], "continuous|Unknown label"),
         ([0, 1, 0], "6 rows, but y has 3"),
         (["a", 1, "b", 2, "a", 1], "mixes labels"),
+        (np.array([b"a", b"b"] * 3), "whole numbers"),
+        ([[1, 2], [3]] * 3, "differ in length"),
+        ([], "got shape"),
+        (3, "got shape"),
+        (np.ma.MaskedArray([0, 1] * 3, mask=[0, 0, 1, 0, 0, 0]), "row 2"),
+        (np.ma.MaskedArray(["a", "b"] * 3, mask=[0, 0, 1, 0, 0, 0]), "row 2"),
     ],
 )
 def test_labels_that_cannot_be_used_are_refused(y, words):
@@ -156,6 +167,7 @@ def test_labels_that_cannot_be_used_are_refused(y, words):
     [
         ({"class_weight": "even"}, {}, "class_weight"),
         ({"class_weight": {0: -1.0}}, {}, "positive"),
+        ({"class_weight": np.ones(2)}, {}, "class_weight"),
         ({"kernel": "cubic"}, {}, "kernel"),
         ({}, {"sample_weight": [1.0] * 5}, "sample_weight"),
         ({}, {"sample_weight": [1.0, np.nan] * 3}, "row 1"),
@@ -165,6 +177,57 @@ def test_labels_that_cannot_be_used_are_refused(y, words):
 def test_options_and_weights_that_cannot_be_used_are_refused(options, fit, words):
     with pytest.raises(FspaceError, match=words):
         fspace.GPClassifier(**options).fit(X3, [0, 1, 0, 1, 0, 1], **fit)
+
+
+@pytest.mark.parametrize(
+    "y",
+    [
+        [0.0, 1, 0.0, 1, 0.0, 1],
+        pd.Series([0, 1] * 3, dtype=object),
+        torch.tensor([0.0, 1.0] * 3, requires_grad=True),
+    ],
+    ids=["whole numbers of two kinds", "whole numbers as objects", "a tensor with a gradient"],
+)
+def test_labels_in_other_containers_are_read(y):
+    assert fspace.GPClassifier(kernel="matern").fit(X3, y).classes_.tolist() == [0, 1]
+
+
+def test_weights_beside_a_constant_column():
+    """The weighted variance of a constant column, as scikit-learn computes it, may be less than zero."""
+    X = np.column_stack([np.full(29, -1e12), np.linspace(-1, 1, 29)])
+    weight = np.random.default_rng(0).uniform(0.1, 3.0, 29)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scaling = input_scaling(X, warp=False, weight=weight)
+    assert scaling["scale"][0] == 1.0 and np.isfinite(scaling["scale"]).all()
+
+
+def test_all_classes_are_named_once():
+    for classes, words in (([0, "a", None], "one kind"), ([0, 1, np.nan], "missing"), ([0, [1]], "classes")):
+        with pytest.raises(OptionError, match=words):
+            fspace.GPClassifier(kernel="matern").partial_fit(
+                X3, [0, 1] * 3, classes=np.array(classes, dtype=object) if "a" in classes else classes
+            )
+    model = fspace.GPClassifier(kernel="matern").partial_fit(X3, [0, 1] * 3, classes=[0, 1, 2])
+    model.partial_fit(X3, [2, 1] * 3, classes=[2, 1, 0])
+    with pytest.raises(OptionError, match="first call"):
+        model.partial_fit(X3, [0, 1] * 3, classes=[0, 1])
+
+
+@pytest.mark.parametrize(
+    "labels", [pd.to_timedelta([1, 2] * 3, unit="s"), pd.to_datetime(["2020-01-01", "2021-01-01"] * 3)]
+)
+def test_saved_dates_and_durations_come_back(labels, tmp_path):
+    model = fspace.GPClassifier(kernel="matern").fit(X3, pd.Series(labels))
+    again = fspace.load(model.save(tmp_path / "m.fspace"))
+    assert again.classes_.dtype == model.classes_.dtype and (again.classes_ == model.classes_).all()
+
+
+def test_saved_class_weights_keep_their_labels(tmp_path):
+    model = fspace.GPClassifier(kernel="matern", class_weight={np.int64(0): 1.0, 1: 2.0}).fit(X3, [0, 1] * 3)
+    again = fspace.load(model.save(tmp_path / "m.fspace"))
+    assert again.class_weight == {0: 1.0, 1: 2.0}
+    again.fit(X3, [0, 1] * 3)  # the options serve another fit
 
 
 # ---- regression under other likelihoods ------------------------------------------------------------
@@ -227,3 +290,66 @@ def test_forget_takes_the_name_of_one_site():
     model = fspace.GPRegressor(kernel="rbf").fit(x, x[:, 0])
     with pytest.raises(OptionError, match="name one site"):
         model.forget([0, 1])
+
+
+@pytest.mark.parametrize("likelihood", ["poisson", "negative_binomial"])
+def test_counts_that_are_all_zero_have_a_small_mean(likelihood):
+    model = fspace.GPRegressor(kernel="matern", likelihood=likelihood).fit(X3, np.zeros(6))
+    mean, std = model.predict(X3, return_std=True)
+    assert ((0 < mean) & (mean < 0.2)).all() and ((0 < std) & (std < 1)).all()
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "good", "bad", "words"),
+    [
+        ("poisson", [1.0, 0, 3, 1, 0, 2], [1.0, 0.5], "row 1"),
+        ("gamma", [1.0, 2, 3, 1, 4, 2], [1.0, -1.0], "row 1"),
+        ("beta", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.1, 1.0], "row 1"),
+    ],
+)
+def test_later_rows_that_a_likelihood_cannot_have_made_are_refused(likelihood, good, bad, words):
+    model = fspace.GPRegressor(kernel="matern", likelihood=likelihood).fit(X3, good)
+    before = model.predict(X3)
+    with pytest.raises(DataError, match=words):
+        model.partial_fit(X3[:2], bad)
+    with pytest.raises(DataError, match=words):
+        model.posterior_.condition(X3[:2], bad)
+    assert (model.predict(X3) == before).all() and list(model.sites_) == ["data"]
+
+
+def test_positions_that_are_no_class_are_refused():
+    for y in ([0, 1] * 3, [0, 1, 2] * 2):
+        posterior = fspace.GPClassifier(kernel="matern").fit(X3, y).posterior_
+        for bad in (-1.0, 0.5, 3.0):
+            with pytest.raises(DataError, match="row 1"):
+                posterior.condition(X3[:2], np.array([0.0, bad]))
+
+
+@pytest.mark.parametrize(
+    "likelihood",
+    [
+        likelihoods.MultitaskGaussianLikelihood(num_tasks=2),
+        likelihoods.FixedNoiseGaussianLikelihood(torch.ones(6)),
+        likelihoods.LaplaceLikelihood(batch_shape=torch.Size([2])),
+        likelihoods.LikelihoodList(likelihoods.GaussianLikelihood()),
+    ],
+    ids=lambda likelihood: type(likelihood).__name__,
+)
+def test_likelihoods_that_are_not_of_one_function_are_refused(likelihood):
+    with pytest.raises(OptionError, match="batch_shape or tasks"):
+        fspace.GPRegressor(kernel="matern", likelihood=likelihood).fit(X3, [1, 2, 3, 4, 5, 6])
+
+
+def test_a_likelihood_that_would_not_come_back_is_not_saved(tmp_path):
+    prior = gpytorch.priors.GammaPrior(2.0, 1.0)
+    model = fspace.GPRegressor(
+        kernel="matern", likelihood=likelihoods.StudentTLikelihood(deg_free_prior=prior)
+    ).fit(X3, [1, 2, 3, 4, 5, 6])
+    with pytest.raises(ModelFileError, match="no priors"):
+        model.save(tmp_path / "m.fspace")
+
+
+def test_a_joint_covariance_that_is_not_known_is_refused():
+    model = fspace.GPRegressor(kernel="matern", likelihood="poisson").fit(X3, [1, 2, 3, 4, 5, 6])
+    with pytest.raises(OptionError, match="sample_y"):
+        model.predict(X3, return_cov=True)

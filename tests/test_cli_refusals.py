@@ -111,6 +111,15 @@ def test_a_fit_that_fails_leaves_no_folder(run, houses, monkeypatch):
     assert os.listdir(houses.parent) == ["houses.csv"]
 
 
+def test_targets_are_checked_before_the_fit_and_named_by_their_row_in_the_file(run, houses, no_fit):
+    table = read_table(houses)
+    table["price"] = 3
+    table.loc[17, "price"] = -1
+    table.to_csv(houses, index=False)
+    for seed in range(3):  # row 17 is held out, or has another number among those fitted
+        refused(run(*FIT, "--likelihood", "poisson", "--seed", seed), "-1 (row 17)")
+
+
 def test_noise_and_inducing_inputs_are_options_of_the_command(run, houses):
     chosen = ["--likelihood", "heteroscedastic", "--inference", "collapsed", "--inducing"]
     assert run(*FIT, *chosen, "0.01", "--out", "share")[0] == 0

@@ -8,9 +8,10 @@ import torch
 from scipy import integrate, stats
 from torch import distributions
 
-from fspace.compound import Compound
+from fspace.compound import Compound, scipy_form
 from fspace.errors import OptionError
 from fspace.gaussians import Gaussian, Mixture
+from fspace.inference.likelihoods import PoissonLikelihood
 
 MEAN = torch.tensor([0.2, 1.0, -0.5], dtype=torch.float64)
 VARIANCE = torch.tensor([0.3, 0.1, 0.6], dtype=torch.float64)
@@ -123,3 +124,44 @@ def test_scipy_has_the_same_negative_binomial():
     got = [ours.log_prob(torch.tensor([k])).item() for k in counts]
     assert np.allclose(got, want.logpmf(counts))
     assert ours.cdf(torch.tensor([3.0])).item() == pytest.approx(want.cdf(3))
+
+
+@pytest.mark.parametrize("p", [1e-12, 0.05, 0.5, 0.95, 1 - 1e-9])
+def test_counts_have_the_quantiles_that_scipy_knows(p):
+    levels = np.full(4, p)
+    rates = torch.tensor([1e-9, 0.4, 7.0, 3e4], dtype=torch.float64)
+    poisson = scipy_form(distributions.Poisson(rates, validate_args=False))
+    assert (poisson.ppf(levels) == stats.poisson(rates.numpy()).ppf(p)).all()
+    binomial = distributions.NegativeBinomial(0.3, logits=rates.log() - math.log(0.3), validate_args=False)
+    expected = stats.nbinom(0.3, 1 / (1 + rates.numpy() / 0.3)).ppf(p)
+    assert np.allclose(scipy_form(binomial).ppf(levels), expected, rtol=1e-9)
+
+
+def test_large_counts_have_quantiles_and_samples():
+    """Scipy's are NaN for a Poisson mean of a billion, and take for ever for some negative binomials."""
+    wide = Gaussian(torch.tensor([21.0, 340.0]).double(), torch.tensor([0.1, 900.0]).double())
+    poisson = Compound(wide, lambda f: PoissonLikelihood()(f))
+    lower, upper = poisson.interval(0.9)
+    assert ((0 < lower) & (lower < upper) & upper.isfinite()).all()
+    assert (poisson.cdf(lower) >= 0.05 - 1e-9).all() and (poisson.cdf(lower * 0.99) < 0.05).all()
+    rare = distributions.NegativeBinomial(
+        torch.tensor([1e-6]).double(), logits=torch.tensor([35.0]).double(), validate_args=False
+    )
+    assert np.isfinite(scipy_form(rare).ppf(np.array([0.999999]))).all()
+
+
+def test_quantiles_over_hundreds_of_decades():
+    wide = Gaussian(torch.tensor([0.0]).double(), torch.tensor([900.0]).double())
+    gamma = Compound(wide, KINDS["gamma"])
+    for p in (0.3, 0.5, 0.7):
+        q = gamma.quantile(p)
+        assert (gamma.cdf(q * (1 + 1e-9)) >= p).all() and (gamma.cdf(q * (1 - 1e-9)) <= p).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_number_is_the_same_at_all_points_and_none_are_no_samples(kind):
+    predictive = Compound(latent(), KINDS[kind])
+    y = 0.5 if kind in ("beta", "gamma", "student_t", "laplace") else 2.0
+    assert torch.equal(predictive.log_prob(y), predictive.log_prob([y] * 3))
+    assert predictive.log_prob(math.nan).isnan().all()
+    assert predictive.rsample(0).shape == (0, 3)

@@ -7,7 +7,7 @@ from gpytorch.kernels import MaternKernel
 
 import fspace
 from fspace import interpret
-from fspace.errors import OptionError
+from fspace.errors import NotFittedError, OptionError
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,8 @@ def test_what_a_method_needs_is_said(case):
         interpret.relevance(model, X, method="permutation")
     with pytest.raises(OptionError, match="choose one of"):
         interpret.relevance(model, X, method="magic")
+    with pytest.raises(NotFittedError, match="not fitted"):
+        interpret.relevance(fspace.GPRegressor(), X)
     with pytest.raises(OptionError, match="no sum"):
         interpret.components(model.posterior_, X)
     deep = fspace.GPRegressor(kernel=fspace.DeepKernel(torch.nn.Linear(3, 2), MaternKernel()), members=1)

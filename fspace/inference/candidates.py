@@ -13,7 +13,7 @@ from gpytorch.constraints import Positive
 from gpytorch.kernels import AdditiveKernel, Kernel, MaternKernel, RBFKernel, ScaleKernel
 from gpytorch.likelihoods import GaussianLikelihood
 from jaxtyping import Float, Int
-from sklearn.preprocessing import PowerTransformer, StandardScaler
+from sklearn.preprocessing import PowerTransformer
 from torch import Tensor
 
 from fspace.inference.finish import Finished, finish_exact, finish_sites, finish_sparse, vary_exact
@@ -137,8 +137,11 @@ def input_scaling(
             power[j] = PowerTransformer(standardize=False).fit(x[:, [j]]).lambdas_[0]
         power = np.clip(power, -5.0, 5.0)
         x = yeo_johnson(torch.from_numpy(x), torch.from_numpy(power)).numpy()
-    scaler = StandardScaler().fit(x, sample_weight=weight)
-    return {"unit": unit, "power": power, "shift": scaler.mean_, "scale": scaler.scale_}
+    shift = np.average(x, axis=0, weights=weight)
+    # of the rows around their mean: scikit-learn's weighted variance of a constant column may come out negative
+    spread = np.sqrt(np.average(np.square(x - shift), axis=0, weights=weight))
+    scale = np.where(spread > len(x) * np.finfo(float).eps * np.abs(shift), spread, 1.0)
+    return {"unit": unit, "power": power, "shift": shift, "scale": scale}
 
 
 def named_kernel(name: str, d: int, link: bool = False) -> Kernel:

@@ -143,15 +143,17 @@ def finish_sites(
     tolerance: float,
 ) -> Finished:
     """The posterior by natural-gradient sites on greedy inducing inputs: without the held-out rows to score it on
-    them, then of all rows."""
+    them, if there are any, then of all rows."""
     _freeze(kernel, likelihood)
-    rest = torch.ones(len(y), dtype=torch.bool, device=y.device)
-    rest[held_out] = False
     basis = Basis(kernel, _inducing(kernel, x, most, tolerance), likelihood)
-    site, _ = converge(basis, x[rest], y[rest], None if weight is None else weight[rest])
-    with torch.no_grad():
-        held = Rows.of(basis, x[held_out], y[held_out])
-        densities = predictive_log_density(likelihood, held.y, *marginals(site, held))
+    site, densities = None, y.new_zeros(0)
+    if len(held_out):
+        rest = torch.ones(len(y), dtype=torch.bool, device=y.device)
+        rest[held_out] = False
+        site, _ = converge(basis, x[rest], y[rest], None if weight is None else weight[rest])
+        with torch.no_grad():
+            held = Rows.of(basis, x[held_out], y[held_out])
+            densities = predictive_log_density(likelihood, held.y, *marginals(site, held))
     site, evidence = converge(basis, x, y, weight, start=site)
     return Finished(basis, site, evidence, densities)
 

@@ -33,13 +33,20 @@ from fspace.errors import ModelFileError
 
 NODES = 20  # of the quadrature over one function
 POINTS = 64  # over the functions of several classes
+LARGEST = 345.0  # of |f| under exp: e^345 is about 1e150, beyond which no y is taken, and its square is still finite
+LEVEL_SPREAD = 10.0  # standard deviation of the prior of a constant, before the link
 
 
 class PoissonLikelihood(_OneDimensionalLikelihood):
     """Counts with mean exp(f)."""
 
     def forward(self, function_samples: Tensor, *args: Any, **kwargs: Any) -> distributions.Poisson:
-        return distributions.Poisson(function_samples.exp(), validate_args=False)
+        return distributions.Poisson(_bounded(function_samples).exp(), validate_args=False)
+
+
+def _bounded(f: Tensor) -> Tensor:
+    """f where exp(f), 1 / exp(f) and their squares are numbers."""
+    return f.clamp(-LARGEST, LARGEST)
 
 
 class _Shaped(_OneDimensionalLikelihood):
@@ -62,7 +69,7 @@ class NegativeBinomialLikelihood(_Shaped):
     def forward(self, function_samples: Tensor, *args: Any, **kwargs: Any) -> distributions.NegativeBinomial:
         total = self.concentration
         return distributions.NegativeBinomial(
-            total, logits=function_samples - total.log(), validate_args=False
+            total, logits=_bounded(function_samples) - total.log(), validate_args=False
         )
 
 
@@ -71,7 +78,7 @@ class GammaLikelihood(_Shaped):
 
     def forward(self, function_samples: Tensor, *args: Any, **kwargs: Any) -> distributions.Gamma:
         shape = self.concentration
-        return distributions.Gamma(shape, shape * torch.exp(-function_samples), validate_args=False)
+        return distributions.Gamma(shape, shape * torch.exp(-_bounded(function_samples)), validate_args=False)
 
 
 NAMED: dict[str, Callable[[], Likelihood]] = {
@@ -125,8 +132,8 @@ AnyLikelihood = GaussianLikelihood | OffsetLikelihood
 def with_offset(
     inner: Likelihood, y: Float[Tensor, "n t"], weight: Float[Tensor, " n"] | None = None
 ) -> OffsetLikelihood:
-    """The likelihood with the constants under which y [n, t] (for a softmax: labels [n, 1]) is most probable, where
-    row i counts weight[i] times."""
+    """The likelihood with the constants that are most probable given y [n, t] (for a softmax: labels [n, 1]), where
+    row i counts weight[i] times, under a wide Gaussian prior: counts that are all zero alone would have none."""
     inner = inner.double()
     weight = torch.ones(len(y), dtype=torch.float64, device=y.device) if weight is None else weight
     if isinstance(inner, SoftmaxLikelihood):
@@ -144,10 +151,11 @@ def with_offset(
             likelihood.offset[t] = level
             f = torch.zeros(y.shape[1], len(some), dtype=torch.float64, device=y.device)
             value = -(likelihood.log_density(some, f)[t] * weight).mean().item()
+            value += 0.5 * (level / LEVEL_SPREAD) ** 2 / len(some)
         return value if math.isfinite(value) else 1e300
 
     for t in range(y.shape[1]):
-        best = float(np.clip(minimize_scalar(loss, bracket=(-1.0, 1.0), args=(t,)).x, -1e6, 1e6))
+        best = float(minimize_scalar(loss, bracket=(-1.0, 1.0), args=(t,)).x)
         loss(best, t)
     return likelihood
 
@@ -171,11 +179,19 @@ def likelihood_to_spec(likelihood: Likelihood) -> dict[str, Any]:
     cannot be built from that."""
     for name, kind in _KNOWN.items():
         if type(likelihood) is kind:
-            return {"likelihood": name, "classes": getattr(likelihood, "num_classes", None)}
+            spec = {"likelihood": name, "classes": getattr(likelihood, "num_classes", None)}
+            if _parametrisation(likelihood) == _parametrisation(likelihood_from_spec(spec)):
+                return spec
     raise ModelFileError(
         f"The likelihood {type(likelihood).__module__}.{type(likelihood).__name__} cannot be saved; use one of "
         f"{', '.join(sorted(_KNOWN))}, with their own constraints and no priors."
     )
+
+
+def _parametrisation(likelihood: Likelihood) -> tuple[list[str], list[Any]]:
+    """What a state is read with: names (priors have some too), and how raw parameters become those that count."""
+    constraints = [(name, type(c), repr(c._transform)) for name, c in likelihood.named_constraints()]
+    return sorted(likelihood.state_dict()), constraints
 
 
 def likelihood_from_spec(spec: dict[str, Any]) -> Likelihood:

@@ -12,10 +12,11 @@ from fspace.compound import Compound
 from fspace.gaussians import Gaussian
 from fspace.inference.basis import Site
 from fspace.inference.gp import GPPosterior
-from fspace.inference.likelihoods import OffsetLikelihood, normal_points
+from fspace.inference.likelihoods import REAL, OffsetLikelihood, normal_points
 from fspace.inference.sites import converge, empty_site
 from fspace.predictive import Categorical
 from fspace.predictive_base import Predictive
+from fspace.targets import check_positions, check_support
 
 POINTS = 128  # function values behind class probabilities
 
@@ -62,8 +63,12 @@ class LikelihoodPosterior(GPPosterior):
 
     def site_of(self, x: Tensor, y: Any, site_id: str) -> Site:
         """What y at x [n, d] says beside what the sites here say, by natural-gradient steps. Raises DataError for
-        other shapes."""
+        other shapes, and for values that the likelihood cannot have made."""
         y = self._observations(x, y, 1 if self.likelihood.classes else self.num_outputs)
+        if self._of_classes:
+            check_positions(y.cpu().numpy(), self.likelihood.classes or 2)
+        elif not isinstance(self.likelihood.inner, REAL):
+            check_support(y.cpu().numpy(), self.likelihood.inner, self.vector)
         if not self.likelihood.classes:
             y = (y - self.scaling.y_shift) / self.scaling.y_scale + self.likelihood.offset.detach()
         start = empty_site(self.basis, self.num_outputs, site_id)

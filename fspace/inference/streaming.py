@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -22,7 +23,7 @@ UNEXPLAINED = 0.01  # share of a row's prior variance that inducing inputs may l
 
 
 def take_in(
-    posterior: GPPosterior, x: Any, y: Any, site_id: str, budget: int, discount: float = 1.0
+    posterior: GPPosterior, x: Any, y: Any, site_id: Any, budget: int, discount: Any = 1.0
 ) -> GPPosterior:
     """The posterior after also seeing y at x [n, d] as a site of its own; time and memory are those of the batch.
 
@@ -31,10 +32,12 @@ def take_in(
     fade. Raises OptionError for a site_id that is taken, a discount outside (0, 1], DataError for x or y that do not
     fit.
     """
+    if not isinstance(site_id, str):
+        raise OptionError(f"site={site_id!r} must be a name, text.")
     if site_id in posterior.sites:
         raise OptionError(f"There is a site {site_id!r} already; forget it first, or give another name.")
-    if not 0 < discount <= 1:
-        raise OptionError(f"discount={discount!r} must be above 0 and at most 1.")
+    if not isinstance(discount, int | float | np.number) or not 0 < discount <= 1:
+        raise OptionError(f"discount={discount!r} must be a number above 0 and at most 1.")
     x = posterior.numbers(x, "x")
     z = posterior.embedded(x)
     basis, sites = posterior.basis, posterior.sites
@@ -50,10 +53,10 @@ def take_in(
     return kept.with_sites(basis, {**sites, site_id: kept.site_of(x, y, site_id)})
 
 
-def forget(posterior: GPPosterior, site_id: str) -> GPPosterior:
+def forget(posterior: GPPosterior, site_id: Any) -> GPPosterior:
     """The posterior as if the rows of one site had never come. Raises OptionError for a site that is not there, and
     for the last one."""
-    if site_id not in posterior.sites:
+    if not isinstance(site_id, str) or site_id not in posterior.sites:
         known = ", ".join(repr(name) for name in list(posterior.sites)[:10])
         raise OptionError(f"There is no site {site_id!r}; there are {known}.")
     if len(posterior.sites) == 1:

@@ -109,7 +109,10 @@ def test_discounting_follows_drift():
         (lambda p, x, y: take_in(p, x, y, "data", 100), "already"),
         (lambda p, x, y: take_in(p, x, y, "a", 100, discount=0.0), "discount"),
         (lambda p, x, y: take_in(p, x, y, "a", 100, discount=1.5), "discount"),
+        (lambda p, x, y: take_in(p, x, y, "a", 100, discount=None), "discount"),
+        (lambda p, x, y: take_in(p, x, y, ["a"], 100), "name"),
         (lambda p, x, y: forget(p, "nothing"), "no site"),
+        (lambda p, x, y: forget(p, ["data"]), "no site"),
         (lambda p, x, y: forget(p, "data"), "only site"),
     ],
 )
