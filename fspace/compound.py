@@ -35,7 +35,7 @@ class Compound(Continuous):
         self.latent, self.conditional, self.shift, self.scale = latent, conditional, shift, scale
         self.outputs = latent.outputs
         nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
-        some = {"dtype": latent.mean.dtype, "device": latent.mean.device}
+        some: dict[str, Any] = {"dtype": latent.mean.dtype, "device": latent.mean.device}
         places = torch.as_tensor(nodes, **some).reshape(-1, *[1] * latent.mean.ndim)
         self._weights = torch.as_tensor(weights / weights.sum(), **some)
         self._given = conditional(latent.mean + latent.stddev * places)

@@ -317,11 +317,11 @@ class GPClassifier(ClassifierMixin, GPEstimator):
     @torch.no_grad()
     def predict_proba(self, X: Any) -> np.ndarray:
         """Class probabilities [n, classes], in the order of classes_. Rows are taken some at a time."""
-        parts = [
-            self.posterior_.observed(rows).probs.cpu().numpy()
-            for x in self._parts(X)
-            for rows in x.split(ROWS)
-        ]
+        parts = []
+        for x in self._parts(X):
+            for rows in x.split(ROWS):
+                predictive: Any = self.posterior_.observed(rows)
+                parts.append(predictive.probs.cpu().numpy())
         return np.concatenate(parts)
 
     def predict_log_proba(self, X: Any) -> np.ndarray:

@@ -257,8 +257,9 @@ class GPEstimator(BaseEstimator):
 
     def _replace(self, members: list[GPPosterior]) -> None:
         old = self.posterior_
-        mixture = isinstance(old, MixturePosterior)
-        self.posterior_ = MixturePosterior(members, old.weights) if mixture else members[0]
+        self.posterior_ = (
+            MixturePosterior(members, old.weights) if isinstance(old, MixturePosterior) else members[0]
+        )
 
     def save(self, path: str | Path) -> Path:
         """Write the fitted model to one file (safetensors and JSON; nothing in it can run code)."""

@@ -57,9 +57,9 @@ def relevance(model: Any, X: Any, y: Any = None, method: str = "slope", seed: in
 
 def _ard(posterior: FunctionPosterior) -> np.ndarray:
     """Inverse lengthscales of encoded columns, averaged over the members."""
-    mixture = isinstance(posterior, MixturePosterior)
-    members = posterior.members if mixture else [posterior]
-    weights = posterior.weights.tolist() if mixture else [1.0]
+    members, weights = [posterior], [1.0]
+    if isinstance(posterior, MixturePosterior):
+        members, weights = posterior.members, posterior.weights.tolist()
     total: Any = 0.0
     for member, weight in zip(members, weights):
         assert isinstance(member, GPPosterior)

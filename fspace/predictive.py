@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fspace.compound import Compound
-from fspace.errors import DataError
+from fspace.errors import OptionError
 from fspace.gaussians import Gaussian, Mixture
 from fspace.predictive_base import (
     Predictive,
@@ -38,8 +38,10 @@ def mixed(predictives: Sequence[Predictive], weights: Tensor) -> Predictive:
     """The mixture of predictives of which one is right."""
     if all(isinstance(p, Categorical) for p in predictives):
         return Categorical.mixed([p for p in predictives if isinstance(p, Categorical)], weights)
-    parts = [p for p in predictives if isinstance(p, Gaussian | Compound | Mixture)]
-    if len(parts) < len(predictives):
-        kinds = ", ".join(sorted({type(p).__name__ for p in predictives}))
-        raise DataError(f"These predictives cannot be mixed: {kinds}.")
-    return Mixture(parts, weights)
+    for predictive in predictives:
+        if not isinstance(predictive, Gaussian | Compound):
+            raise OptionError(
+                f"Members of a mixture must predict Gaussians, observations of one likelihood, or classes, not "
+                f"{type(predictive).__name__}."
+            )
+    return Mixture(predictives, weights)

@@ -91,7 +91,7 @@ def unmasked(values: Any) -> Any:
     if not np.ma.is_masked(values):
         return values.data
     if values.dtype.kind not in "fiub":
-        return values.astype(object).filled(np.nan)
+        return np.ma.MaskedArray(values, dtype=object).filled(np.nan)
     return np.where(np.ma.getmaskarray(values), np.nan, values.data)
 
 

@@ -225,6 +225,7 @@ def _learn_plain(plan: Plan, kernel: Kernel, likelihood: GaussianLikelihood, x: 
     done = fit_exact(kernel, likelihood, embed(kernel, x[rows]), plan.y[rows], STEPS, plan.record, name)
     if not (done and plan.exact) or len(rest) <= SUBSET:
         return done
+    assert isinstance(x, Tensor)  # an exact posterior is of rows in memory
     return fit_exact(kernel, likelihood, embed(kernel, x), plan.y, REFINEMENTS, plan.record, name)
 
 

@@ -72,6 +72,7 @@ def choose(plan: Plan, members: int) -> Choice:
     """Fit plain kernels on standardised and on warped inputs and deep kernels on the better of the two, and stack them
     by how they predict rows they have not seen. Deep kernels come in where they predict held-out rows better than
     the plain ones by more than a standard error."""
+    assert isinstance(plan.x, Tensor)  # images and sequences need a kernel that the user names
     x = plan.x.cpu().numpy()
     scalings = {"matern": input_scaling(x, warp=False), "matern, warped inputs": input_scaling(x, warp=True)}
     if np.all(scalings["matern, warped inputs"]["power"] == 1.0):

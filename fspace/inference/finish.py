@@ -53,7 +53,7 @@ def log_density(y: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 def finish_exact(
     kernel: Kernel,
     likelihood: GaussianLikelihood,
-    x: Inputs,
+    x: Tensor,
     y: Float[Tensor, "n t"],
 ) -> Finished:
     """Every row an inducing input; densities by closed-form leave-one-out."""
@@ -217,7 +217,9 @@ def refit_noise(basis: Basis, whitened: Statistics) -> Statistics:
     variances = _outputscales(embedded_kernel(basis.kernel))
     identity = torch.eye(len(whitened.outer), dtype=torch.float64, device=whitened.outer.device)
     log_scale = torch.zeros(1, dtype=torch.float64, device=identity.device, requires_grad=True)
-    noise = list(basis.likelihood.parameters())
+    likelihood = basis.likelihood
+    assert isinstance(likelihood, GaussianLikelihood)
+    noise = list(likelihood.parameters())
     for p in noise:
         p.requires_grad_(True)
 
@@ -227,7 +229,7 @@ def refit_noise(basis: Basis, whitened: Statistics) -> Statistics:
         return replace(whitened, outer=s * whitened.outer, cross=cross, trace=(s * whitened.trace)[0])
 
     def loss() -> float:
-        bound = bound_from(scaled(), identity, basis.likelihood.noise[..., 0])
+        bound = bound_from(scaled(), identity, likelihood.noise[..., 0])
         value = -bound / (whitened.count * whitened.squares.numel())
         value.backward()
         return value.item()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -126,7 +126,7 @@ class OffsetLikelihood(nn.Module):
         return self.log_density(y, f.mT).sum(0)[:, None]
 
 
-AnyLikelihood = GaussianLikelihood | OffsetLikelihood
+AnyLikelihood: TypeAlias = GaussianLikelihood | OffsetLikelihood
 
 
 def with_offset(

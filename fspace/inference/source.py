@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -72,4 +72,4 @@ class RowSource:
         return rows if self._change is None else self._change(rows)
 
 
-Inputs = Tensor | RowSource  # rows [n, *row], in memory or not
+Inputs: TypeAlias = Tensor | RowSource  # rows [n, *row], in memory or not

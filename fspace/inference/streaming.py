@@ -48,7 +48,7 @@ def take_in(
     if len(basis.inducing_inputs) > budget:
         basis, sites = pruned(basis, sites, budget)
     if discount < 1:
-        sites = {name: faded(site, discount) for name, site in sites.items()}
+        sites = {name: faded(site, float(discount)) for name, site in sites.items()}
     kept = posterior.with_sites(basis, sites)
     return kept.with_sites(basis, {**sites, site_id: kept.site_of(x, y, site_id)})
 
