@@ -143,7 +143,7 @@ def _print_results(results: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from fspace.runs import describe_choice
+    from fspace.runs import describe_choice, describe_likelihood
     from fspace.scores import CLASS_SCORES, SCORES, shown
 
     console = Console()
@@ -172,7 +172,7 @@ def _print_results(results: dict[str, Any]) -> None:
         # a number that is cut at the terminal's edge reads as another number
         width = Console(width=1000).measure(table).maximum
         (console if width <= console.width else Console(width=width)).print(table)
-    kernel = f"Kernel: {describe_choice(results['weights'])}"
+    kernel = f"Kernel: {describe_choice(results['weights'])}{describe_likelihood(results)}"
     console.print(kernel, highlight=False, soft_wrap=True, markup=False)
     line = f"Saved model, metrics and predictions; open {results['files']['report']}"
     console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -39,6 +39,7 @@ class Compound(Continuous):
         places = torch.as_tensor(nodes, **some).reshape(-1, *[1] * latent.mean.ndim)
         self._weights = torch.as_tensor(weights / weights.sum(), **some)
         self._given = conditional(latent.mean + latent.stddev * places)
+        self.counts = self._given.support is distributions.constraints.nonnegative_integer
 
     def _average(self, values: Tensor) -> Tensor:
         return torch.tensordot(self._weights, values, dims=1)

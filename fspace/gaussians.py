@@ -153,6 +153,7 @@ class Mixture(Continuous):
             raise DataError(f"Components of a mixture must have one shape; these have {shapes}.")
         self.weights = normalised_weights(weights, len(shapes)).to(self.components[0].mean)
         self.outputs = self.components[0].outputs
+        self.counts = self.components[0].counts
 
     def _average(self, values: Sequence[Tensor]) -> Tensor:
         return torch.tensordot(self.weights, torch.stack(list(values)), dims=1)

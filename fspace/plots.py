@@ -99,7 +99,10 @@ def calibration(y: Any, predictive: Any, *, output: int = 0, ax: Axes | None = N
     independent points. y `[n]` or `[n, t]`; predictive: an observed Predictive at the same points.
     """
     ax = new_axes(ax)
-    below = column_of(predictive.cdf(like(predictive.mean, y)), output)
+    observed = like(predictive.mean, y)
+    below = column_of(predictive.cdf(observed), output)
+    if predictive.counts:  # the middle of the step that the cdf takes there
+        below = below - 0.5 * np.exp(column_of(predictive.log_prob(observed), output))
     level = np.sort(np.abs(2 * below - 1))  # an observation is inside every interval wider than this
     n = len(level)
     grid = np.linspace(0, 1, 201)

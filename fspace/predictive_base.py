@@ -64,8 +64,12 @@ def as_tensor(y: Any, device: torch.device | None, name: str = "y") -> Tensor:
 
 
 class Predictive(ABC):
-    """Distribution of the values at n inputs. Variances are in squared units of y, log densities in nats."""
+    """Distribution of the values at n inputs. Variances are in squared units of y, log densities in nats.
 
+    counts: whether values are whole numbers, of which log_prob gives log probabilities.
+    """
+
+    counts: bool = False
     mean: Tensor
     variance: Tensor
 

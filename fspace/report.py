@@ -77,6 +77,10 @@ CAPTIONS = {
     ),
 }
 
+COUNTS_ONLY = (
+    "<p class='note'>\"Mean only\" predicts the training targets' mean, and the shares of their counts, for every row. "
+    "Log-likelihoods are of probabilities (nats); errors and widths are in counts.</p>"
+)
 FREQUENCIES_ONLY = (
     "<p class='note'>\"Frequencies only\" predicts the training part's class frequencies for every row. The "
     "calibration error is the mean difference between the stated probability of the predicted class and how often it "
@@ -127,9 +131,13 @@ def report_html(
     elif X is not None:
         outputs = range(len(targets))
         scores = [regression_scores(y, predictive, output=k) for k in outputs]
-        base = [baseline_scores(y, y_train, output=k) for k in outputs] if y_train is not None else []
+        base = (
+            [baseline_scores(y, y_train, output=k, counts=predictive.counts) for k in outputs]
+            if y_train is not None
+            else []
+        )
         parts.append(_lead(len(array(y)), y_train, facts))
-        table = _score_table(targets, scores, base)
+        table = _score_table(targets, scores, base, note=COUNTS_ONLY if predictive.counts else None)
         if len(targets) == 1:
             parts.append(_cards(scores[0]) + "<h2>How good are the predictions?</h2>")
             figures = _diagnostics(y, predictive, 0, targets[0])

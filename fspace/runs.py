@@ -22,7 +22,7 @@ from fspace.canvas import column_of
 from fspace.columns import suggest
 from fspace.data import TableEncoder, check_target, load_diabetes_table, read_table, split_target, write_table
 from fspace.errors import DataError, ModelFileError, OptionError
-from fspace.estimators import LIKELIHOODS, GPClassifier, GPRegressor
+from fspace.estimators import GAUSSIAN, LIKELIHOODS, GPClassifier, GPRegressor
 from fspace.fitting import GPEstimator
 from fspace.inference.likelihoods import NAMED
 from fspace.predictive_base import check_seed
@@ -87,7 +87,7 @@ def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
     TableEncoder(missing=str(run.options.get("missing", "error"))).fit(inputs)
     train, test = _split(len(inputs), run.test_fraction, seed, None if classes is None else y)
     estimator = GPRegressor if classes is None else GPClassifier
-    own = {k: v for k, v in run.options.items() if classes is None or k not in ("inference", "likelihood")}
+    own = {k: v for k, v in run.options.items() if k in estimator().get_params()}
     model = estimator(categories=list(run.categorical) or None, progress=False if quiet else "auto", **own)
     part = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:  # before the fit, so that nobody waits for results that then have no place
@@ -146,7 +146,7 @@ def _write(
         "log_evidence": float(model.log_evidence_),
         "seconds": round(seconds, 3),
         "interrupted": model.interrupted_,
-        "options": {"test_fraction": run.test_fraction, **run.options},
+        "options": {"test_fraction": run.test_fraction, **_options(model, run)},
         "versions": _versions(),
     }
     predictive = None
@@ -163,7 +163,9 @@ def _write(
             else:
                 for k, name in enumerate(names):
                     results["metrics"][name] = regression_scores(y[test], predictive, output=k)
-                    results["baseline"][name] = baseline_scores(y[test], y[train], output=k)
+                    results["baseline"][name] = baseline_scores(
+                        y[test], y[train], output=k, counts=predictive.counts
+                    )
             table = _columns(model, predictive, names)
         observed = {f"observed{_suffix(name, names)}": target[name].to_numpy()[test] for name in names}
         table = pd.concat([pd.DataFrame({"row": test, **observed}), table], axis=1)
@@ -180,7 +182,7 @@ def _write(
         targets=names,
         facts={
             "data": source,
-            "predicts with": describe_choice(model.choice_["weights"]),
+            "predicts with": describe_choice(model.choice_["weights"]) + describe_likelihood(results),
             "seconds to fit": f"{seconds:.1f}",
         },
     )
@@ -257,6 +259,12 @@ def load_model(path: str) -> Any:
             f"There is no model {str(file)!r}; `fspace fit` writes one as {DEFAULT_OUT}/{MODEL}."
         )
     return load(file)
+
+
+def describe_likelihood(results: dict[str, Any]) -> str:
+    """What the kernels are for, where that is not Gaussian noise: ", for poisson observations"."""
+    likelihood = results["options"].get("likelihood", "auto")
+    return "" if likelihood in GAUSSIAN else f", for {likelihood} observations"
 
 
 def describe_choice(weights: dict[str, float]) -> str:
@@ -358,6 +366,11 @@ def _columns(model: GPEstimator, predictive: Any, names: Sequence[str]) -> pd.Da
         for kind, value in values:
             columns[f"{kind}{_suffix(name, names)}"] = column_of(value, k)
     return pd.DataFrame(columns)
+
+
+def _options(model: GPEstimator, run: FitRun) -> dict[str, Any]:
+    """The options given that this kind of model has."""
+    return {name: value for name, value in run.options.items() if name in model.get_params()}
 
 
 def _numbers(target: pd.DataFrame) -> np.ndarray:

@@ -73,14 +73,28 @@ def regression_scores(y: Any, predictive: Any, *, output: int = 0) -> dict[str, 
     return _scores(observed, mean, lower, upper, float(density.mean()))
 
 
-def baseline_scores(y: Any, y_train: Any, *, output: int = 0) -> dict[str, float]:
-    """The same of one Gaussian, with the training targets' mean and spread, at every point."""
+def baseline_scores(y: Any, y_train: Any, *, output: int = 0, counts: bool = False) -> dict[str, float]:
+    """The same of one Gaussian, with the training targets' mean and spread, at every point; of counts, whose models
+    give probabilities and not densities, of their shares in training (one that was not seen there counts as once)."""
     observed, seen = column_of(y, output), column_of(y_train, output)
+    if counts:
+        return _frequency_scores(observed, seen)
     mean, std = float(seen.mean()), max(float(seen.std()), 1e-12 * abs(float(seen.mean())), 1e-300)
     density = -0.5 * ((observed - mean) / std) ** 2 - math.log(std) - 0.5 * math.log(2 * math.pi)
     half = 1.6448536269514722 * std
     constant = np.full(len(observed), mean)
     return _scores(observed, constant, constant - half, constant + half, float(density.mean()))
+
+
+def _frequency_scores(observed: np.ndarray, seen: np.ndarray) -> dict[str, float]:
+    """Scores of the shares of the values seen; a value that was not seen has the share of one row."""
+    values, times = np.unique(seen, return_counts=True)
+    share = np.array([times[values == value].sum() or 1 for value in observed]) / (len(seen) + 1)
+    lower, upper = np.quantile(seen, [0.05, 0.95], method="inverted_cdf")
+    constant = np.full(len(observed), float(seen.mean()))
+    return _scores(
+        observed, constant, constant * 0 + lower, constant * 0 + upper, float(np.log(share).mean())
+    )
 
 
 def _scores(

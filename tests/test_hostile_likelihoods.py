@@ -25,7 +25,7 @@ LIKELIHOODS = (
     "gamma",
     "beta",
 )
-FITS = 200
+FITS = 60
 SAMPLE = 3
 
 

@@ -84,3 +84,11 @@ def test_other_points_are_refused():
         regression_scores(np.zeros(3), gaussian(np.zeros(4), np.ones(4)))
     with pytest.raises(OptionError, match="output=2"):
         regression_scores(Y, gaussian(MEAN, STD), output=2)
+
+
+def test_counts_are_compared_with_the_shares_of_counts():
+    seen, y = np.array([0, 0, 1, 3.0]), np.array([0.0, 1.0, 7.0])
+    scores = baseline_scores(y, seen, counts=True)
+    want = np.log(np.array([2, 1, 1]) / 5).mean()  # 7 was not seen: as if once
+    assert scores["log_likelihood"] == pytest.approx(want)
+    assert scores["coverage_90"] == pytest.approx(2 / 3) and scores["width_90"] == 3.0

@@ -36,7 +36,8 @@ def test_held_out_rows_only_say_when_to_stop(monkeypatch):
         torch.manual_seed(0)
         kernel = deep_kernel(3, "silu", torch.float32)
         generator = torch.Generator().manual_seed(0)
-        network._pretrain(kernel, x, target, rows, held_out, lambda **_: None, "deep", generator)
+        loss = network._squared_error
+        network._pretrain(kernel, x, target, rows, held_out, lambda **_: None, "deep", generator, 1, loss)
         return kernel.extractor(x.float())
 
     assert not torch.equal(features(y), features(wrong))
