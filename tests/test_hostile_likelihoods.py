@@ -198,7 +198,7 @@ def test_a_few_hostile_fits(likelihood):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
-def test_two_hundred_hostile_fits(likelihood):
+def test_many_hostile_fits(likelihood):
     found = failures(likelihood, range(FITS))
     assert not found, f"\n{len(found)} of {FITS} fits:\n" + "\n".join(found)
 

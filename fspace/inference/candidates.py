@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fspace.inference.finish import Finished, finish_exact, finish_sites, finish_sparse, vary_exact
 from fspace.inference.gp import GPPosterior, Scaling, yeo_johnson
-from fspace.inference.likelihoods import AnyLikelihood, OffsetLikelihood
+from fspace.inference.likelihoods import AnyLikelihood, OffsetLikelihood, functions
 from fspace.inference.network import INDUCING, fit_network, fit_network_sites
 from fspace.inference.nongaussian import LikelihoodPosterior
 from fspace.inference.numerics import seeded
@@ -234,7 +234,7 @@ def _learn_by_sites(
 ) -> None:
     """Parameters from minibatches of all rows that are not held out, by natural-gradient sites."""
     rest = plan.rest
-    batch = min(1024, len(rest))
+    batch = min(1024 if functions(likelihood) == 1 else 512, len(rest))
     steps = SITE_STEPS if plan.gaussian else LINK_STEPS
     epochs = max(3, min(200, steps * batch // len(rest)))
     generator = torch.Generator().manual_seed(seed)
