@@ -33,7 +33,7 @@ for ax, (name, network) in zip(axes, networks.items()):
         doubt = model.predictive(places).mutual_information.numpy()
     share = (doubt[far] > 0.1).mean()
     print(f"{name}: accuracy {model.score(X, y):.3f}; unsure on {share:.0%} of the places far from all data")
-    shown = ax.contourf(grid, grid, doubt.reshape(120, 120), levels=np.linspace(0, 0.7, 15), cmap="Blues")
+    shown = ax.contourf(grid, grid, doubt.reshape(120, 120), levels=np.linspace(0, 0.3, 13), cmap="Blues")
     ax.scatter(*X.T, c=np.where(y, "#d1622b", "#1f2933"), s=6)
     ax.set_title(f"{name}\nunsure on {share:.0%} of the places far away", loc="left", fontsize=10)
 plt.colorbar(shown, ax=axes, label="mutual information (nats): what more data would tell")

@@ -226,3 +226,14 @@ def test_saved_class_weights_keep_their_labels(tmp_path):
     again = fspace.load(model.save(tmp_path / "m.fspace"))
     assert again.class_weight == {0: 1.0, 1: 2.0}
     again.fit(X3, [0, 1] * 3)  # the options serve another fit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["matern", "deep"])
+def test_a_fit_on_the_gpu_predicts_as_one_on_the_cpu(cancer, kernel):
+    X, X_test, y, _ = cancer
+    probs = [
+        fspace.GPClassifier(kernel=kernel, members=1, device=device).fit(X, y).predict_proba(X_test)
+        for device in ("cpu", "cuda")
+    ]
+    assert np.abs(probs[0] - probs[1]).max() < (1e-4 if kernel == "matern" else 0.1)
