@@ -211,7 +211,7 @@ def require_finite(
             raise DataError(missing_message(what, first_row + where[0], column, int(bad.sum()), x))
 
 
-def require_finite_rows(values: NDArray, first_row: int = 0) -> None:
+def require_finite_rows(values: Any, first_row: int = 0) -> None:
     """`require_finite` of images and sequences, some rows at a time; steps at the end of a sequence [n, t, d] that are
     NaN throughout are no values, but its being shorter than others."""
     for start in range(0, len(values), ROWS_AT_ONCE):

@@ -30,6 +30,7 @@ from .columns import (
 from .datasets import load_diabetes_table, load_flights, load_uci, read_table, write_table
 from .errors import DataError, NotFittedError, OptionError
 from .tables import as_table, column_names, from_polars, from_tensor, name_mismatch, refuse_dates, unmasked
+from .torch_data import DatasetRows
 
 __all__ = [
     "TableEncoder",
@@ -76,11 +77,15 @@ class TableEncoder:
         self.fit_transform(X)
         return self
 
-    def fit_transform(self, X: Any) -> Float[np.ndarray, "n *d"]:
-        """`fit` and `transform` in one pass over X."""
+    def fit_transform(self, X: Any) -> Any:
+        """`fit` and `transform` in one pass over X: float64 [n, d]; images and sequences as they came."""
         if self.missing not in ("error", "impute"):
             raise OptionError(f"missing={self.missing!r} does not exist; choose 'error' or 'impute'.")
         self._forget()
+        if isinstance(X, DatasetRows):
+            require_finite_rows(X)
+            self._learn_shape(X)
+            return X
         table = as_table(X)
         if isinstance(table, np.ndarray) and table.ndim > 2:
             if table.size == 0:
@@ -130,7 +135,7 @@ class TableEncoder:
         width = len(self.feature_names_out) if self._tensor_shape is None else int(np.prod(shape[1:]))
         rows = max(1, values // max(1, width))
         if len(shape) < 2 or shape[0] <= rows:
-            yield self.transform(X)
+            yield self.transform(X[:] if isinstance(X, DatasetRows) else X)
             return
         for start in range(0, shape[0], rows):
             stop = start + rows
@@ -217,7 +222,7 @@ class TableEncoder:
                 )
         return found
 
-    def _learn_shape(self, table: NDArray) -> None:
+    def _learn_shape(self, table: NDArray | DatasetRows) -> None:
         self._tensor_shape = tuple(table.shape[1:])
         self.n_features_in_ = int(table.shape[1])
         self._columns = []

@@ -31,6 +31,7 @@ from fspace.targets import (
     check_weights,
     known_classes,
 )
+from fspace.torch_data import unpacked
 
 GAUSSIAN = ("auto", "gaussian", "heteroscedastic")
 LIKELIHOODS = (*GAUSSIAN, *(name for name in NAMED if name != "bernoulli"))
@@ -97,10 +98,11 @@ class GPRegressor(RegressorMixin, GPEstimator):
         tags.target_tags.multi_output = True
         return tags
 
-    def fit(self, X: Any, y: Any) -> GPRegressor:
-        """Fit to X [n, d] (or images, sequences) and y [n] or [n, t]. Raises a FspaceError for data or options that
-        cannot be used."""
+    def fit(self, X: Any, y: Any = None) -> GPRegressor:
+        """Fit to X [n, d] (or images, sequences) and y [n] or [n, t], or to a torch data set of pairs (x, y). Raises a
+        FspaceError for data or options that cannot be used."""
         self._check_options()
+        X, y = unpacked(X, y)
         encoder, x = self._encoded(X)
         target = check_target(y, len(x))
         if len(x) < 2:
@@ -253,13 +255,15 @@ class GPClassifier(ClassifierMixin, GPEstimator):
         self.seed = seed
         self.progress = progress
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> GPClassifier:
-        """Fit to X [n, d] (or images, sequences) and labels y [n] of any kind; sample_weight [n] says how often each
-        row counts. Raises a FspaceError for data or options that cannot be used."""
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> GPClassifier:
+        """Fit to X [n, d] (or images, sequences) and labels y [n] of any kind, or to a torch data set of pairs (x, y);
+        sample_weight [n] says how often each row counts. Raises a FspaceError for data or options that cannot be used.
+        """
         return self._fit_labels(X, y, sample_weight, None)
 
     def _fit_labels(self, X: Any, y: Any, sample_weight: Any, classes: Any) -> GPClassifier:
         self._check_shared_options()
+        X, y = unpacked(X, y)
         encoder, x = self._encoded(X)
         weight = check_weights(sample_weight, len(x))
         if weight is not None and (weight == 0).any():  # as if these rows were not there

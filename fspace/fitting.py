@@ -30,6 +30,7 @@ from fspace.kernels.evaluate import covariance
 from fspace.posterior import FunctionPosterior, MixturePosterior, Predictive
 from fspace.predictive_base import check_seed
 from fspace.progress import progress
+from fspace.torch_data import unpacked
 
 MOST_INDUCING = 2000
 KERNELS = ("auto", "deep", "matern", "rbf", "neural", "additive")
@@ -49,7 +50,7 @@ class GPEstimator(BaseEstimator):
     seed: Any
     progress: Any
 
-    def _encoded(self, X: Any) -> tuple[TableEncoder, np.ndarray]:
+    def _encoded(self, X: Any) -> tuple[TableEncoder, Any]:
         """The encoder that was fitted to X, and its rows (images and sequences as they came, perhaps from disk)."""
         encoder = TableEncoder(self.categories, self.missing, owner=type(self).__name__)
         x = encoder.fit_transform(X)
@@ -59,7 +60,7 @@ class GPEstimator(BaseEstimator):
     def _fit_plan(
         self,
         encoder: TableEncoder,
-        x: np.ndarray,
+        x: Any,
         modelled: np.ndarray,
         shift: np.ndarray,
         scale: np.ndarray,
@@ -110,7 +111,7 @@ class GPEstimator(BaseEstimator):
         largest = max(len(member.basis.inducing_inputs) for member in self._members())
         self.budget_ = max(plan.inducing, largest)
 
-    def _fit(self, plan: Plan, x: np.ndarray) -> Choice:
+    def _fit(self, plan: Plan, x: Any) -> Choice:
         if isinstance(self.kernel, str) and self.kernel == "auto":
             return choose(plan, self.members)
         if plan.vary is None:  # whoever names a kernel gets that model; "heteroscedastic" asks for the other
@@ -158,7 +159,7 @@ class GPEstimator(BaseEstimator):
 
         return record
 
-    def _check_shape(self, x: np.ndarray) -> None:
+    def _check_shape(self, x: Any) -> None:
         """Only a deep kernel whose extractor reads rows of this shape can be fitted to images and sequences."""
         deep = isinstance(self.kernel, DeepKernel)
         dims = self.kernel.input_dims if isinstance(self.kernel, DeepKernel) else 1
@@ -203,7 +204,7 @@ class GPEstimator(BaseEstimator):
         """Encoded rows, some at a time."""
         if not hasattr(self, "posterior_"):
             raise NotFittedError(f"This {type(self).__name__} instance is not fitted yet. Call 'fit' first.")
-        for part in self.encoder_.batches(X, CHUNK_VALUES):
+        for part in self.encoder_.batches(unpacked(X, ())[0], CHUNK_VALUES):
             yield torch.tensor(part, dtype=torch.float64)
 
     def predictive(self, X: Any) -> Predictive:
@@ -287,7 +288,7 @@ def check_kernel(kernel: Kernel, x: Tensor) -> None:
         )
 
 
-def channel_scaling(x: np.ndarray) -> dict[str, np.ndarray]:
+def channel_scaling(x: Any) -> dict[str, np.ndarray]:
     """One shift and scale a channel, shaped to broadcast against x: [c, 1, 1] for images [n, c, h, w], [d] for
     sequences [n, t, d]. Constant channels stay at zero."""
     others, channel, shape = ((0, 2, 3), 1, (-1, 1, 1)) if x.ndim == 4 else ((0, 1), 2, (-1,))

@@ -34,6 +34,44 @@ def test_images_on_disk_are_fitted_as_images_in_memory(tmp_path):
     assert (probs[0].argmax(1) == y[400:]).mean() > 0.95
 
 
+class Pictures(torch.utils.data.Dataset):
+    """Images and labels, one by one."""
+
+    def __init__(self, X, y):
+        self.X, self.y = X, y
+
+    def __len__(self):
+        return len(self.X)
+
+    def __getitem__(self, i):
+        return torch.from_numpy(self.X[i]), int(self.y[i])
+
+
+def test_a_torch_data_set_is_fitted_as_its_arrays():
+    X, y = small_images()
+    options = {"kernel": image_kernel(), "members": 1, "inducing": 60}
+    whole = fspace.GPClassifier(**options).fit(X[:300], y[:300]).predict_proba(X[300:])
+    model = fspace.GPClassifier(**options).fit(Pictures(X[:300], y[:300]))
+    assert np.array_equal(model.predict_proba(Pictures(X[300:], y[300:])), whole)
+    table = torch.utils.data.TensorDataset(torch.from_numpy(X[:60].reshape(60, -1)), torch.from_numpy(y[:60]))
+    assert fspace.GPClassifier(kernel="rbf").fit(table).predict(table).shape == (60,)
+    with pytest.raises(DataError, match="no pair"):
+        fspace.GPRegressor(kernel="rbf").fit(torch.utils.data.TensorDataset(torch.ones(5, 2)))
+    with pytest.raises(DataError, match="empty"):
+        fspace.GPRegressor().fit(Pictures(X[:0], y[:0]))
+
+
+def test_a_frozen_network_as_extractor_stays_as_it_is_and_a_free_one_is_tuned():
+    X, y = small_images()
+    for frozen in (True, False):
+        kernel = image_kernel()
+        before = {k: v.clone() for k, v in kernel.extractor.state_dict().items()}
+        kernel.extractor.requires_grad_(not frozen)
+        model = fspace.GPClassifier(kernel=kernel, members=1, inducing=40).fit(X[:200], y[:200])
+        after = model.posterior_.basis.kernel.extractor.state_dict()
+        assert all(torch.equal(before[k], after[k]) for k in before) == frozen
+
+
 def test_sequences_of_different_lengths():
     rng = np.random.default_rng(0)
     sequences, y = [], []

@@ -31,9 +31,9 @@ class RowSource:
         self.device = device
 
     @staticmethod
-    def of(values: np.ndarray, device: torch.device) -> RowSource:
-        """Rows of an array, which may be memory-mapped."""
-        return RowSource(lambda rows: values[rows], np.arange(len(values)), values.shape[1:], device)
+    def of(values: Any, device: torch.device) -> RowSource:
+        """Rows of an array, which may be memory-mapped, or of what is read as one."""
+        return RowSource(lambda rows: values[rows], np.arange(len(values)), tuple(values.shape[1:]), device)
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> RowSource:
         """The same rows after `change`, in place of what was done to them before."""
