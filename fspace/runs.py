@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from fspace.data import TableEncoder, check_target, load_diabetes_table, read_ta
 from fspace.errors import DataError, ModelFileError, OptionError
 from fspace.estimators import GAUSSIAN, LIKELIHOODS, GPClassifier, GPRegressor
 from fspace.fitting import GPEstimator
+from fspace.folders import DEFAULT_OUT, METRICS, MODEL, PREDICTIONS, REPORT, choose_folder, publish
 from fspace.inference.likelihoods import NAMED
 from fspace.predictive_base import check_seed
 from fspace.progress import progress
@@ -33,8 +33,6 @@ from fspace.streams import PartWriter, read_parts
 from fspace.targets import check_labels, check_support
 
 TASKS = ("regression", "classification")
-DEFAULT_OUT = "fspace-out"
-MODEL, METRICS, PREDICTIONS, REPORT = "model.fspace", "metrics.json", "predictions.csv", "report.html"
 CHUNK = 20_000  # rows read, predicted and written at a time, so that memory does not grow with the table
 
 
@@ -102,7 +100,7 @@ def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
             results = _write(part, run, model, seconds, inputs, y, target, source, train, test)
     finally:  # whatever was written is kept, also where a later file failed
         if any(part.iterdir()):
-            folder = _publish(part, folder, run)
+            folder = publish(part, folder, run.out, run.overwrite)
         else:
             part.rmdir()
     results["files"] = {
@@ -411,60 +409,3 @@ def _versions() -> dict[str, str]:
         "gpytorch": gpytorch.__version__,
         "numpy": np.__version__,
     }
-
-
-# ---- the folder --------------------------------------------------------------------------------
-
-
-def choose_folder(out: str | None, overwrite: bool) -> Path:
-    """Where results go. Raises OptionError where that would lose earlier ones or cannot be written."""
-    folder = Path(out if out is not None else DEFAULT_OUT)
-    try:
-        there = folder.exists()
-    except OSError as error:
-        raise OptionError(f"--out {folder}: the folder cannot be made ({error.strerror}).") from error
-    if there and not folder.is_dir():
-        raise OptionError(f"--out {folder}: that is a file; name a folder.")
-    if _taken(folder) and not overwrite:
-        if out is not None:
-            raise OptionError(
-                f"--out {folder}: there is something in it. Name another folder, or give --overwrite to "
-                "replace the results in it."
-            )
-        folder = _next_free(folder)
-    parent = folder.absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError(f"--out {folder}: the folder cannot be made ({error.strerror}).") from error
-    if not os.access(parent, os.W_OK):
-        raise OptionError(f"--out {folder}: {parent} cannot be written to.")
-    return folder
-
-
-def _taken(folder: Path) -> bool:
-    return folder.exists() and any(folder.iterdir())
-
-
-def _next_free(folder: Path) -> Path:
-    number = 2
-    while _taken(folder.with_name(f"{DEFAULT_OUT}-{number}")):
-        number += 1
-    return folder.with_name(f"{DEFAULT_OUT}-{number}")
-
-
-def _publish(part: Path, folder: Path, run: FitRun) -> Path:
-    """Move finished files to where they belong; another run may have taken the folder meanwhile."""
-    if _taken(folder) and not run.overwrite:
-        folder = _next_free(folder) if run.out is None else folder.with_name(f"{folder.name}-{os.getpid()}")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (MODEL, METRICS, PREDICTIONS, REPORT):  # no file of an earlier run beside those of this one
-        earlier = folder / name
-        if earlier.is_dir():
-            shutil.rmtree(earlier)
-        elif earlier.exists():
-            earlier.unlink()
-    for item in part.iterdir():
-        os.replace(item, folder / item.name)
-    part.rmdir()
-    return folder
