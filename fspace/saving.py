@@ -252,10 +252,16 @@ def load(path: str | Path, device: str = "auto", modules: Mapping[str, torch.nn.
         model.log_evidence_ = header["log_evidence"]
         model.history_, model.choice_ = header["history"], header["choice"]
         model.target_names_, model.interrupted_ = header["target_names"], header["interrupted"]
-        model.budget_ = header["budget"]
+        model.budget_ = int(header["budget"])
         model.relevance_ = torch.tensor(header["relevance"], dtype=torch.float64).numpy()
         if isinstance(model, GPClassifier):
             model.classes_ = _classes_from_json(header["classes"])
+            like = members[0].basis.likelihood
+            known = (like.classes or 2) if isinstance(like, OffsetLikelihood) else 0
+            if len(model.classes_) != known:
+                raise ModelFileError(
+                    f"{path} names {len(model.classes_)} classes, but its model is of {known}."
+                )
         model.n_features_in_ = model.encoder_.n_features_in_
         if hasattr(model.encoder_, "feature_names_in_"):
             model.feature_names_in_ = model.encoder_.feature_names_in_

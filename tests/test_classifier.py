@@ -1,8 +1,10 @@
 """GPClassifier: scikit-learn's own checks, real data, weights, saving, refusals."""
 
+import json
 import subprocess
 import sys
 import warnings
+import zipfile
 
 import numpy as np
 import pandas as pd
@@ -17,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
 import fspace
-from fspace.errors import DataError, FspaceError, OptionError
+from fspace.errors import DataError, FspaceError, ModelFileError, OptionError
 from fspace.inference.candidates import input_scaling
 from fspace.predictive import Categorical
 
@@ -237,3 +239,16 @@ def test_a_fit_on_the_gpu_predicts_as_one_on_the_cpu(cancer, kernel):
         for device in ("cpu", "cuda")
     ]
     assert np.abs(probs[0] - probs[1]).max() < (1e-4 if kernel == "matern" else 0.1)
+
+
+@pytest.mark.parametrize("labels", [["a"], ["a", "b", "c"]])
+def test_a_file_that_names_other_classes_than_its_model_has_is_refused(plain, tmp_path, labels):
+    path = plain.save(tmp_path / "m.fspace")
+    with zipfile.ZipFile(path) as archive:
+        header, tensors = json.loads(archive.read("model.json")), archive.read("model.safetensors")
+    header["classes"] = {**header["classes"], "values": labels, "dtype": "<U1"}
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model.json", json.dumps(header))
+        archive.writestr("model.safetensors", tensors)
+    with pytest.raises(ModelFileError, match="classes"):
+        fspace.load(path)
