@@ -154,7 +154,7 @@ def test_a_number_is_never_cut_at_the_edge_of_the_terminal(monkeypatch, capsys, 
     of_each = dict.fromkeys(["price", "a_target_with_quite_a_long_name"], scores | {"width_90": 3.018e6})
     cli._print_results(
         {"task": "regression", "targets": list(of_each), "rows": {"test": 5, "train": 9}, "metrics": of_each}
-        | {"baseline": of_each, "weights": {"matern": 1.0}, "files": {"report": "report.html"}}
+        | {"baseline": of_each, "weights": {"matern": 1.0}, "options": {}, "files": {"report": "report.html"}}
     )
     assert capsys.readouterr().out.count("3.018e+06") == 4
 
