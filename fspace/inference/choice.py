@@ -29,7 +29,7 @@ from fspace.inference.optimise import fit_exact
 from fspace.kernels.deep import embedded_kernel
 from fspace.kernels.evaluate import covariance
 
-FEWEST_FOR_DEEP = 300  # below it too few rows are held out to see a network fail on one row in fifty
+FEWEST_FOR_DEEP = 300  # below it too few rows are held out to see a network fail on a few rows
 NEGLIGIBLE = 0.02  # a smaller weight in the mixture is not worth its predictions
 
 
