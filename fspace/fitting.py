@@ -320,11 +320,18 @@ def _relevance(posterior: FunctionPosterior, x: Inputs) -> np.ndarray:
     )  # a constant kernel
     channel = 1 if x.ndim == 4 else x.ndim - 1
     slopes = (
-        (slope * (x if isinstance(x, Tensor) else pick.detach()).std(dim=0))
-        .movedim(channel, -1)
-        .flatten(0, -2)
+        (slope * _spread(x if isinstance(x, Tensor) else pick.detach())).movedim(channel, -1).flatten(0, -2)
     )
     share = slopes.square().mean(dim=0).sqrt().nan_to_num(0.0)
     total = share.sum()
     share = share / total if total > 0 else torch.full_like(share, 1.0 / len(share))
     return share.cpu().numpy()
+
+
+def _spread(rows: Tensor) -> Tensor:
+    """Standard deviation over the rows; NaN after the end of a short sequence is no value."""
+    seen = ~rows.isnan()
+    count = seen.sum(dim=0)
+    mean = torch.where(seen, rows, 0.0).sum(dim=0) / count.clamp(min=1)
+    square = torch.where(seen, rows - mean, 0.0).square().sum(dim=0)
+    return (square / (count - 1).clamp(min=1)).sqrt()

@@ -89,6 +89,9 @@ def test_sequences_of_different_lengths():
     longer = [np.concatenate([rows, np.full((7, 2), np.nan)]) for rows in sequences[200:]]
     assert np.allclose(model.predict(longer), model.predict(sequences[200:]))
     assert np.isfinite(model.relevance_).all() and model.relevance_.sum() == pytest.approx(1.0)
+    assert (
+        model.relevance_[0] > model.relevance_[1] + 0.1
+    )  # the first channel counts twice as much as the second
 
 
 @pytest.mark.parametrize(
