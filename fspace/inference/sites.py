@@ -197,6 +197,20 @@ def converge(
     return best, best_value
 
 
+@torch.no_grad()
+def said_by_rows(
+    basis: Basis,
+    site: Site,
+    cavity: Site,
+    x: Inputs,
+    y: Float[Tensor, "n t"],
+    weight: Float[Tensor, " n"] | None = None,
+) -> Site:
+    """What all rows say where their `site` and the `cavity` of others give the posterior: where it is `site` itself,
+    that is found."""
+    return _whole(basis, site, cavity, x, y, weight)[0]
+
+
 def _whole(
     basis: Basis, site: Site, cavity: Site | None, x: Inputs, y: Tensor, weight: Tensor | None
 ) -> tuple[Site, float]:
