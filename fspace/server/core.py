@@ -99,7 +99,9 @@ class PosteriorServer:
         else:
             basis, scaling = basis_from_bytes(row.content, modules)
         if basis.id != row.id:
-            raise ServerError(f"{self._store.path} is damaged: basis {row.id[:8]} has the content of another.")
+            raise ServerError(
+                f"{self._store.path} is damaged: basis {row.id[:8]} has the content of another."
+            )
         served = _Served(basis, scaling, form_of(basis), row.state, Total(form_of(basis), basis.id))
         for site in self._store.sites(row.id):
             served.total.add(self._read(site, served.form))
@@ -181,7 +183,9 @@ class PosteriorServer:
     def _find(self, basis_id: str) -> _Served:
         if basis_id not in self._served:
             known = ", ".join(name[:8] for name in self._served) or "none"
-            raise SiteRefused("basis", f"Basis {basis_id[:8]!r} is not served here (served: {known}); fetch it anew.")
+            raise SiteRefused(
+                "basis", f"Basis {basis_id[:8]!r} is not served here (served: {known}); fetch it anew."
+            )
         return self._served[basis_id]
 
     def abandon_epoch(self) -> None:
@@ -261,8 +265,17 @@ class PosteriorServer:
                     self._store.write_incarnation(site.site_id, site.incarnation)
                 self._store.write_site(
                     SiteRow(
-                        site.basis_id, site.site_id, site.incarnation, site.version, site.count, sent, step,
-                        int(indefinite), content, digest(content), time.time(),
+                        site.basis_id,
+                        site.site_id,
+                        site.incarnation,
+                        site.version,
+                        site.count,
+                        sent,
+                        step,
+                        int(indefinite),
+                        content,
+                        digest(content),
+                        time.time(),
                     )  # fmt: skip
                 )
                 complete = served.state == "open" and self._complete(site.basis_id)
@@ -280,7 +293,8 @@ class PosteriorServer:
         names = [name for name, _ in seen]
         if seen and seen[-1][1]:
             raise SiteRefused(
-                "removed", f"Site {site.site_id!r} was removed; only a contributor that joins again may put it."
+                "removed",
+                f"Site {site.site_id!r} was removed; only a contributor that joins again may put it.",
             )
         if site.incarnation in names and site.incarnation != names[-1]:
             raise SiteRefused(
@@ -487,4 +501,6 @@ def unit_scaling(basis: Basis) -> Scaling:
     t = functions(basis.likelihood)
     width = 1 if isinstance(basis.kernel, DeepKernel) else basis.inducing_inputs.shape[1]
     one, zero = torch.ones(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
-    return Scaling(one, one, zero, one, torch.zeros(t, dtype=torch.float64), torch.ones(t, dtype=torch.float64))
+    return Scaling(
+        one, one, zero, one, torch.zeros(t, dtype=torch.float64), torch.ones(t, dtype=torch.float64)
+    )

@@ -100,7 +100,9 @@ def power_ep(
     """
     likelihood = basis.likelihood
     if isinstance(likelihood, OffsetLikelihood) and likelihood.classes:
-        raise OptionError("Power expectation propagation takes one function an output; use natural-gradient steps.")
+        raise OptionError(
+            "Power expectation propagation takes one function an output; use natural-gradient steps."
+        )
     if not 0 < power <= 1 or not 0 < damping <= 1:
         raise OptionError(f"power={power!r} and damping={damping!r} must be above 0 and at most 1.")
     z = basis.embed(x)

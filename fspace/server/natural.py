@@ -121,9 +121,7 @@ def contribution(total: Site, site: Site) -> float:
 
 def scaled(site: Site, by: float) -> Site:
     """t(v)^by."""
-    return replace(
-        site, precision=by * site.precision, shift=by * site.shift, log_scale=by * site.log_scale
-    )
+    return replace(site, precision=by * site.precision, shift=by * site.shift, log_scale=by * site.log_scale)
 
 
 def between(old: Site, new: Site, step: float) -> Site:

@@ -147,7 +147,9 @@ class Store:
 
     def sites(self, basis_id: str) -> Iterator[SiteRow]:
         """All sites of a basis, one at a time, by name."""
-        for (name,) in self._all("SELECT site_id FROM sites WHERE basis_id = ? ORDER BY site_id", (basis_id,)):
+        for (name,) in self._all(
+            "SELECT site_id FROM sites WHERE basis_id = ? ORDER BY site_id", (basis_id,)
+        ):
             row = self.site(basis_id, name)
             assert row is not None
             yield row

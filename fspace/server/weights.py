@@ -95,7 +95,9 @@ class WeightBasis:
         own = {n: p.detach() for n, p in module.named_parameters()}
         for name, shape in self.layout:
             if name not in own or tuple(own[name].shape) != shape:
-                raise DataError(f"The module has no parameter {name!r} of shape {list(shape)}; it is of another basis.")
+                raise DataError(
+                    f"The module has no parameter {name!r} of shape {list(shape)}; it is of another basis."
+                )
         flat = torch.cat([own[name].reshape(-1) for name, _ in self.layout])
         return flat.to(torch.float64) / self.prior_scale
 
@@ -116,7 +118,10 @@ class WeightPosterior:
     def draw(self, n: int = 1, seed: int | None = None) -> list[dict[str, Tensor]]:
         """n sets of weights, as `torch.func.functional_call` takes them."""
         white = torch.randn(
-            check_count(n, 1), self.basis.size, generator=generator_for(seed, torch.device("cpu")), dtype=torch.float64
+            check_count(n, 1),
+            self.basis.size,
+            generator=generator_for(seed, torch.device("cpu")),
+            dtype=torch.float64,
         )
         if self.covariance.ndim == 1:
             values = self.mean + white * self.covariance.sqrt()
@@ -124,7 +129,9 @@ class WeightPosterior:
             values = self.mean + white @ torch.linalg.cholesky(self.covariance).mT
         return [self.basis.weights(v) for v in values]
 
-    def outputs(self, module: nn.Module, x: Tensor, n: int = 20, seed: int | None = None) -> Float[Tensor, "s *b"]:
+    def outputs(
+        self, module: nn.Module, x: Tensor, n: int = 20, seed: int | None = None
+    ) -> Float[Tensor, "s *b"]:
         """The module's outputs at x under n draws of its weights, stacked."""
         dtype = x.dtype
 

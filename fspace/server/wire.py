@@ -27,6 +27,7 @@ from fspace.server.natural import Form, is_diagonal
 HEADER = 4096  # bytes of a site's header, at most
 NAME = 200  # characters of a site's name or incarnation, at most
 LARGEST = 1e15  # of any number of a site: beside that, float64 loses the prior's precision of 1
+ABOUT = {"basis_id": str, "site_id": str, "incarnation": str, "version": int, "count": int}
 _FIELDS = ("precision", "shift", "log_scale")
 
 
@@ -35,15 +36,10 @@ def site_bytes(site: Site) -> bytes:
     tensors = {name: getattr(site, name).detach().cpu() for name in _FIELDS}
     if not is_diagonal(site):
         tensors["precision"] = _packed(tensors["precision"])
-    about = {
-        "kind": "fspace site 1",
-        "basis_id": site.basis_id,
-        "site_id": site.site_id,
-        "incarnation": site.incarnation,
-        "version": str(site.version),
-        "count": str(site.count),
-    }
-    return write_tensors({k: v.contiguous().clone() for k, v in tensors.items()}, metadata=about)
+    about = {name: getattr(site, name) for name in ABOUT}
+    # one entry: safetensors writes several in no order, and the same site must be the same bytes
+    metadata = {"fspace site 1": json.dumps(about)}
+    return write_tensors({k: v.contiguous().clone() for k, v in tensors.items()}, metadata=metadata)
 
 
 def site_from_bytes(data: bytes, form: Form) -> Site:
@@ -53,12 +49,8 @@ def site_from_bytes(data: bytes, form: Form) -> Site:
     if not form.diagonal:
         tensors["precision"] = _unpacked(tensors["precision"], form.size)
     return Site(
-        about["basis_id"],
         **{name: tensors[name] for name in _FIELDS},
-        count=int(about["count"]),
-        site_id=about["site_id"],
-        incarnation=about["incarnation"],
-        version=int(about["version"]),
+        **about,
     )
 
 
@@ -72,34 +64,36 @@ def basis_id_of(data: bytes) -> str:
     return _header(data)[0]["basis_id"]
 
 
-def _header(data: bytes) -> tuple[dict[str, str], dict[str, Any]]:
+def _header(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     """Names and numbers of a site, and the layout of its tensors."""
     if len(data) < 8:
         raise SiteRefused("format", f"{len(data)} bytes are no site: it is cut off.")
     (size,) = struct.unpack("<Q", data[:8])
     if size > HEADER or 8 + size > len(data):
-        raise SiteRefused("format", "The bytes are no safetensors of a site: the header is too long or cut off.")
+        raise SiteRefused(
+            "format", "The bytes are no safetensors of a site: the header is too long or cut off."
+        )
     try:
         layout = json.loads(data[8 : 8 + size])
-        about = layout.pop("__metadata__")
-        if about["kind"] != "fspace site 1" or not all(isinstance(v, str) for v in about.values()):
-            raise ValueError("another kind of file")
-        for name in ("version", "count"):
-            if not about[name].isascii() or not about[name].isdigit() or len(about[name]) > 18:
-                raise ValueError(f"{name} is {about[name][:30]!r}, not a whole number from 0")
-        if set(about) != {"kind", "basis_id", "site_id", "incarnation", "version", "count"}:
-            raise ValueError("unknown fields")
+        about = json.loads(layout.pop("__metadata__")["fspace site 1"])
+        if set(about) != set(ABOUT):
+            raise ValueError("its fields are others")
+        for name, kind in ABOUT.items():
+            if type(about[name]) is not kind:
+                raise ValueError(f"{name} is no {kind.__name__}")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise SiteRefused("format", f"The bytes are no site of fspace: {error}.") from error
     return about, layout
 
 
-def _checked_header(data: bytes, form: Form) -> dict[str, str]:
+def _checked_header(data: bytes, form: Form) -> dict[str, Any]:
     about, layout = _header(data)
     start = 8 + struct.unpack("<Q", data[:8])[0]
     wanted = _packed_shapes(form)
     if set(layout) != set(wanted):
-        raise SiteRefused("format", f"A site holds {', '.join(_FIELDS)}; this one {', '.join(map(str, layout))}.")
+        raise SiteRefused(
+            "format", f"A site holds {', '.join(_FIELDS)}; this one {', '.join(map(str, layout))}."
+        )
     end = 0
     for name, shape in wanted.items():
         try:
@@ -117,7 +111,9 @@ def _checked_header(data: bytes, form: Form) -> dict[str, str]:
             raise SiteRefused("format", f"{name} does not have the bytes of its shape.")
         end = max(end, last)
     if len(data) - start != end or end != sum(8 * math.prod(shape) for shape in wanted.values()):
-        raise SiteRefused("format", f"The site has {len(data) - start} bytes of numbers, not {end}: it is cut off.")
+        raise SiteRefused(
+            "format", f"The site has {len(data) - start} bytes of numbers, not {end}: it is cut off."
+        )
     return about
 
 
@@ -151,7 +147,9 @@ def check_site(site: Site, form: Form) -> Site:
         raise SiteRefused("name", "site_id is empty; name the contributor.")
     for name, number in {"version": site.version, "count": site.count}.items():
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 10**18:
-            raise SiteRefused("values", f"{name} of site {site.site_id!r} is {number!r}, not a whole number from 0.")
+            raise SiteRefused(
+                "values", f"{name} of site {site.site_id!r} is {number!r}, not a whole number from 0."
+            )
     parts: dict[str, Tensor] = {}
     for name, shape in form.shapes.items():
         value = getattr(site, name)
@@ -162,20 +160,25 @@ def check_site(site: Site, form: Form) -> Site:
             )
         if tuple(value.shape) != shape:
             raise SiteRefused(
-                "shape", f"{name} of site {site.site_id!r} has shape {list(value.shape)}; its basis asks {list(shape)}."
+                "shape",
+                f"{name} of site {site.site_id!r} has shape {list(value.shape)}; its basis asks {list(shape)}.",
             )
         value = value.detach().cpu()
         if not bool(value.isfinite().all()):
             raise SiteRefused("values", f"{name} of site {site.site_id!r} holds NaN or infinite values.")
         largest = value.abs().max().item() if value.numel() else 0.0
         if largest > LARGEST:
-            raise SiteRefused("values", f"{name} of site {site.site_id!r} holds {largest:.3g}, beyond {LARGEST:g}.")
+            raise SiteRefused(
+                "values", f"{name} of site {site.site_id!r} holds {largest:.3g}, beyond {LARGEST:g}."
+            )
         parts[name] = value
     if not form.diagonal:
         precision = parts["precision"]
         asymmetry = (precision - precision.mT).abs().max().item() if precision.numel() else 0.0
         if asymmetry > 1e-9 * max(1.0, precision.abs().max().item()):
-            raise SiteRefused("values", f"precision of site {site.site_id!r} is not symmetric (by {asymmetry:.3g}).")
+            raise SiteRefused(
+                "values", f"precision of site {site.site_id!r} is not symmetric (by {asymmetry:.3g})."
+            )
         parts["precision"] = _unpacked(_packed(precision), form.size)
     return Site(
         site.basis_id, **parts, count=site.count, site_id=site.site_id, incarnation=site.incarnation,
@@ -193,7 +196,7 @@ def basis_bytes(basis: Basis, scaling: Scaling) -> bytes:
     tensors: dict[str, Tensor] = {}
     about = describe_basis(basis, scaling, "", tensors)
     kept = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    return write_tensors(kept, metadata={"kind": "fspace basis 1", "about": json.dumps(about)})
+    return write_tensors(kept, metadata={"fspace basis 1": json.dumps(about, sort_keys=True)})
 
 
 def basis_from_bytes(
@@ -202,7 +205,7 @@ def basis_from_bytes(
     """What `basis_bytes` wrote; modules as in `fspace.load`. Raises ModelFileError for anything else."""
     try:
         (size,) = struct.unpack("<Q", data[:8])
-        about = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["about"])
+        about = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["fspace basis 1"])
         return read_basis(about, read_tensors(data), modules)
     except ModelFileError:
         raise
