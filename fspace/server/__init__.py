@@ -11,6 +11,12 @@ _WHERE = {
     "Receipt": "fspace.server.core",
     "WeightBasis": "fspace.server.weights",
     "WeightPosterior": "fspace.server.weights",
+    "Engine": "fspace.server.engines",
+    "LocalEngine": "fspace.server.engines",
+    "RayEngine": "fspace.server.ray_engine",
+    "ServerFit": "fspace.server.engines",
+    "TableShard": "fspace.server.workers",
+    "fit": "fspace.server.engines",
     "Update": "fspace.server.local_updates",
 }
 __all__ = sorted(_WHERE)

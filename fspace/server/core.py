@@ -21,7 +21,7 @@ import torch
 from fspace.errors import OptionError, ServerError, SiteRefused
 from fspace.inference.basis import Basis, Site
 from fspace.inference.gp import Scaling
-from fspace.inference.likelihoods import functions
+from fspace.inference.likelihoods import OffsetLikelihood, functions
 from fspace.inference.nongaussian import posterior_of
 from fspace.kernels.deep import DeepKernel
 from fspace.server.natural import (
@@ -94,6 +94,8 @@ class PosteriorServer:
     def _load(self, row: BasisRow, modules: Mapping[str, torch.nn.Module] | None) -> None:
         if row.content is None or digest(row.content) != row.hash:
             raise ServerError(f"{self._store.path} is damaged: basis {row.id[:8]} is not what was written.")
+        basis: Basis | WeightBasis
+        scaling: Scaling | None
         if WeightBasis.is_in(row.content):
             basis, scaling = WeightBasis.from_bytes(row.content), None
         else:
@@ -145,9 +147,8 @@ class PosteriorServer:
             state = "open" if self._served else "serving"
             served = _Served(basis, scaling, form_of(basis), state, Total(form_of(basis), basis.id))
             with self._store.transaction():
-                self._store.write_basis(
-                    BasisRow(basis.id, content, content and digest(content), state, time.time())
-                )
+                content_hash = None if content is None else digest(content)
+                self._store.write_basis(BasisRow(basis.id, content, content_hash, state, time.time()))
                 complete = self._complete(basis.id)
                 if complete:
                     self._switch(basis.id)
@@ -440,7 +441,7 @@ class PosteriorServer:
             bases = []
             for name, served in self._served.items():
                 total = served.total.site()
-                sites = [
+                sites: list[dict[str, Any]] = [
                     dict(zip(("site_id", "incarnation", "version", "rows", "step", "at"), row))
                     for row in self._store.site_names(name)
                 ]
@@ -499,8 +500,9 @@ def unit_scaling(basis: Basis) -> Scaling:
     """Data in the units of the basis; rows of as many columns as the inducing inputs have (of any number before a deep
     kernel, whose extractor knows)."""
     t = functions(basis.likelihood)
+    level = torch.zeros(t, dtype=torch.float64)
+    if isinstance(basis.likelihood, OffsetLikelihood):  # whose functions vary around constants
+        level = basis.likelihood.offset.detach().clone()
     width = 1 if isinstance(basis.kernel, DeepKernel) else basis.inducing_inputs.shape[1]
     one, zero = torch.ones(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
-    return Scaling(
-        one, one, zero, one, torch.zeros(t, dtype=torch.float64), torch.ones(t, dtype=torch.float64)
-    )
+    return Scaling(one, one, zero, one, level, torch.ones_like(level))

@@ -34,8 +34,8 @@ class Form:
 
     def empty(self, basis_id: str, site_id: str) -> Site:
         """The site that says nothing."""
-        parts = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in self.shapes.items()}
-        return Site(basis_id, **parts, count=0, site_id=site_id)
+        precision, shift, log_scale = (torch.zeros(s, dtype=torch.float64) for s in self.shapes.values())
+        return Site(basis_id, precision, shift, log_scale, 0, site_id)
 
 
 def is_diagonal(site: Site) -> bool:
@@ -171,8 +171,8 @@ class Total:
 
     def site(self) -> Site:
         """The product as one site."""
-        parts = {name: self._sums[name] + self._errors[name] for name in self._sums}
-        return replace(self._empty, **parts, count=self.count)
+        precision, shift, log_scale = (self._sums[name] + self._errors[name] for name in self._sums)
+        return Site(self._empty.basis_id, precision, shift, log_scale, self.count, self._empty.site_id)
 
     def changed(self, old: Site | None, new: Site | None) -> Total:
         """A copy with `new` in place of `old`."""

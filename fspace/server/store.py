@@ -17,7 +17,7 @@ CREATE TABLE bases (
 ) STRICT;
 CREATE TABLE sites (
     basis_id TEXT NOT NULL, site_id TEXT NOT NULL, incarnation TEXT NOT NULL, version INTEGER NOT NULL,
-    count INTEGER NOT NULL, sent_hash TEXT NOT NULL, step REAL NOT NULL, indefinite INTEGER NOT NULL,
+    row_count INTEGER NOT NULL, sent_hash TEXT NOT NULL, step REAL NOT NULL, indefinite INTEGER NOT NULL,
     content BLOB NOT NULL, hash TEXT NOT NULL, at REAL NOT NULL,
     PRIMARY KEY (basis_id, site_id)
 ) STRICT;
@@ -49,7 +49,7 @@ class SiteRow(NamedTuple):
     site_id: str
     incarnation: str
     version: int
-    count: int
+    row_count: int
     sent_hash: str
     step: float
     indefinite: int
@@ -157,7 +157,7 @@ class Store:
     def site_names(self, basis_id: str) -> list[tuple[str, str, int, int, float, float]]:
         """Of every site of a basis: name, incarnation, version, count, step and when it was put."""
         return self._all(
-            "SELECT site_id, incarnation, version, count, step, at FROM sites WHERE basis_id = ? ORDER BY site_id",
+            "SELECT site_id, incarnation, version, row_count, step, at FROM sites WHERE basis_id = ? ORDER BY site_id",
             (basis_id,),
         )
 

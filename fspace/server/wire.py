@@ -49,7 +49,9 @@ def site_from_bytes(data: bytes, form: Form) -> Site:
     if not form.diagonal:
         tensors["precision"] = _unpacked(tensors["precision"], form.size)
     return Site(
-        **{name: tensors[name] for name in _FIELDS},
+        precision=tensors["precision"],
+        shift=tensors["shift"],
+        log_scale=tensors["log_scale"],
         **about,
     )
 
