@@ -2,13 +2,13 @@
 
 Each actor reads its own shard where Ray has placed it. Ray starts an actor that dies again and repeats what it was
 asked; a step is a function of its arguments, and its answer is put by the process that drives, so that nothing is
-counted twice. Arguments cross as cloudpickle, which runs code: whoever can reach the cluster can run code on it. Let
-Ray ask for a token (`RAY_AUTH_MODE=token`, on by default here) and keep parties that do not trust each other on HTTP.
+counted twice. Arguments cross as cloudpickle, which runs code: whoever can reach the cluster can run code on it. Let it
+ask for a token: Ray does so by itself and keeps it in ~/.ray/auth_token, which every machine of the cluster needs
+(`ray get-auth-token`), unless RAY_AUTH_MODE=disabled is set. Keep parties that do not trust each other on HTTP.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +27,6 @@ class RayEngine(Engine):
     def __init__(
         self, address: str | None = None, options: Mapping[str, Any] | None = None, restarts: int = 3
     ):
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # before Ray is imported, which reads it then
         try:
             import ray
         except ImportError as error:
