@@ -49,7 +49,10 @@ def site_from_bytes(data: bytes, form: Form) -> Site:
     about = _checked_header(data, form)
     try:
         tensors = read_tensors(data)
-    except (SafetensorError, ValueError) as error:  # a header of the right sizes that is not laid out as it should be
+    except (
+        SafetensorError,
+        ValueError,
+    ) as error:  # a header of the right sizes that is not laid out as it should be
         raise SiteRefused("format", f"The bytes are no safetensors of a site: {error}.") from error
     if not form.diagonal:
         tensors["precision"] = _unpacked(tensors["precision"], form.size)
@@ -214,7 +217,9 @@ def basis_from_bytes(
         (size,) = struct.unpack("<Q", data[:8])
         about = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["fspace basis 1"])
         tensors = read_tensors(data)
-        if type(about["outputs"]) is not int or not 0 < about["outputs"] <= len(data):  # which would be allocated
+        if type(about["outputs"]) is not int or not 0 < about["outputs"] <= len(
+            data
+        ):  # which would be allocated
             raise ValueError(f"{about['outputs']} outputs in {len(data)} bytes")
         return read_basis(about, tensors, modules)
     except ModelFileError:

@@ -81,9 +81,7 @@ def test_power_towards_zero_is_titsias(gaussian):
     gaps = []
     for power in (1.0, 1e-3, 1e-5):
         site, _ = ep(few, power)
-        gaps.append(
-            (divergence(site, exact), abs(log_normaliser(site) - log_evidence([exact])))
-        )
+        gaps.append((divergence(site, exact), abs(log_normaliser(site) - log_evidence([exact]))))
     assert gaps[0][0] > 1e-2 and gaps[0][1] > 0.1
     assert gaps[2][0] < 1e-6 and gaps[2][1] < 0.02
     assert gaps[2][1] == pytest.approx(1e-2 * gaps[1][1], rel=0.02)  # of first order in the power
