@@ -4,6 +4,7 @@ import importlib.util
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 spec = importlib.util.spec_from_file_location("kills", Path(__file__).with_name("test_kills.py"))
@@ -52,8 +53,8 @@ def at(text, *kinds):
 
 
 def main(path, what, *rest):
-    if what == "forks":
-        return forks(path)
+    if what == "random":
+        return run(path, *map(int, rest))
     server = kills.PosteriorServer(path)
     new = kills.site("new", number=2.0)
     if what == "after-commit":
@@ -86,15 +87,19 @@ def main(path, what, *rest):
     say("acknowledged")
 
 
-def forks(path):
-    """For every line `seed statements`: a process that puts and removes until it has run that many statements."""
+def forks():
+    """For every line `path what ...`: a process that does it, and how it ended."""
     for line in sys.stdin:
-        seed, statements = map(int, line.split())
         pid = os.fork()
         if pid == 0:
-            run(path, seed, statements)
-        os.waitpid(pid, 0)
-        say("killed")
+            try:
+                main(*line.split())
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        _, status = os.waitpid(pid, 0)
+        say("ended", os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
 
 
 def run(path, seed, statements):
@@ -131,4 +136,4 @@ def run(path, seed, statements):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    forks()

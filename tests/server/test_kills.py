@@ -30,13 +30,28 @@ def site(name="s0", version=0, number=1.0, basis=BASIS):
     return Site(basis.id, precision, shift, torch.tensor([-number]).double(), 10, name, "first", version)
 
 
-def child(path, *what):
-    """Run the child on the file; it ends by SIGKILL or not, and what it said before."""
-    done = subprocess.run(
-        [sys.executable, str(CHILD), str(path), *map(str, what)], capture_output=True, text=True, timeout=120
+@pytest.fixture(scope="module")
+def child():
+    """Run a server in a process of its own; whether it was killed, and what it said before.
+
+    One process imports torch, which takes longer than all else, and forks those that are killed.
+    """
+    process = subprocess.Popen(
+        [sys.executable, str(CHILD)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done.returncode == -signal.SIGKILL, done.stdout.split()
+
+    def run(path, *what):
+        print(path, *what, file=process.stdin, flush=True)
+        said = []
+        while not (line := process.stdout.readline().split())[:1] == ["ended"]:
+            assert line, "the process that forks has ended"
+            said.append(line)
+        assert line[1] in ("0", str(int(signal.SIGKILL))), said
+        return line[1] != "0", said
+
+    yield run
+    process.kill()
+    process.wait()
 
 
 def assert_total(server, sites):
@@ -57,10 +72,10 @@ def path(tmp_path):
     return tmp_path / "server.db"
 
 
-def test_killed_after_the_commit_and_before_the_reply(path):
+def test_killed_after_the_commit_and_before_the_reply(child, path):
     """The sender does not know, sends again, and is counted once."""
     killed, said = child(path, "after-commit")
-    assert killed and said == ["putting"]  # and no reply
+    assert killed and said == [["putting"]]  # and no reply
     with PosteriorServer(path) as server:
         assert_total(server, [site("earlier"), site("new", number=2.0)])
         assert server.put(site("new", number=2.0)).status == "unchanged"
@@ -68,10 +83,10 @@ def test_killed_after_the_commit_and_before_the_reply(path):
 
 
 @pytest.mark.parametrize("statement", ["BEGIN", "incarnation", "INSERT", "COMMIT"])
-def test_killed_inside_the_transaction(path, statement):
+def test_killed_inside_the_transaction(child, path, statement):
     """As if it had never come; sent again, it is counted once."""
     killed, said = child(path, "inside", statement)
-    assert killed and said == ["putting"]
+    assert killed and said == [["putting"]]
     with PosteriorServer(path) as server:
         assert server.get("new") is None
         assert_total(server, [site("earlier")])
@@ -83,10 +98,10 @@ def test_killed_inside_the_transaction(path, statement):
     "when, after",
     [("insert", False), ("closing", False), ("closed", False), ("COMMIT", False), ("committed", True)],
 )
-def test_killed_during_the_change_of_epoch(path, when, after):
+def test_killed_during_the_change_of_epoch(child, path, when, after):
     """The last put on the new basis and the switch are one: wholly before or wholly after."""
     killed, said = child(path, "epoch", when)
-    assert killed and said == ["registered", "putting"]
+    assert killed and said == [["registered"], ["putting"]]
     with PosteriorServer(path) as server:
         states = [basis["state"] for basis in server.status()["bases"]]
         new = site("earlier", number=4.0, basis=LATER)
@@ -131,7 +146,7 @@ def test_a_worker_killed_while_it_sends():
     assert_total(server, [site("earlier")])
 
 
-def test_many_kills_at_random_times(tmp_path):
+def test_many_kills_at_random_times(child, tmp_path):
     """15 processes, each killed while it puts and removes; the seed fixes after how many SQL statements. What was
     acknowledged is there, what was sent last may be or not, and nothing else is."""
     path = tmp_path / "server.db"
@@ -139,50 +154,33 @@ def test_many_kills_at_random_times(tmp_path):
         server.register_basis(BASIS)
     generator = torch.Generator().manual_seed(5)
     acknowledged: dict[str, tuple[int, float] | None] = {}
-    between = 0
-    # one process is started once and forks those that are killed: importing torch takes longer than all else
-    process = subprocess.Popen(
-        [sys.executable, str(CHILD), str(path), "forks"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        for kill in range(15):
-            after = int(torch.randint(3, 120, (), generator=generator))
-            process.stdin.write(f"{kill} {after}\n")
-            process.stdin.flush()
-            pending = None
-            while (line := process.stdout.readline().split()) != ["killed"]:
-                assert line, "the child ended"
-                verb, name, version, number = line
-                state = None if verb.endswith("removal") else (int(version), float(number))
-                if verb.startswith("ack"):
-                    acknowledged[name] = state
-                    pending = None
-                else:
-                    pending = (name, state)
-            with PosteriorServer(path) as server:
-                found = {}
-                for about in server.status()["bases"][0]["sites"]:
-                    kept = server.get(about["site_id"])
-                    found[kept.site_id] = (kept.version, -kept.log_scale.item())
-                    assert torch.equal(kept.precision, site(number=found[kept.site_id][1]).precision)
+    for kill in range(15):
+        killed, said = child(path, "random", kill, int(torch.randint(3, 120, (), generator=generator)))
+        assert killed
+        pending = None
+        for verb, name, version, number in said:
+            state = None if verb.endswith("removal") else (int(version), float(number))
+            if verb.startswith("ack"):
+                acknowledged[name], pending = state, None
+            else:
+                pending = (name, state)
+        with PosteriorServer(path) as server:
+            found = {}
+            for about in server.status()["bases"][0]["sites"]:
+                kept = server.get(about["site_id"])
+                found[kept.site_id] = (kept.version, -kept.log_scale.item())
+                assert torch.equal(kept.precision, site(number=found[kept.site_id][1]).precision)
+            expected = {k: v for k, v in acknowledged.items() if v is not None}
+            if found != expected:
+                assert pending is not None
+                acknowledged[pending[0]] = pending[1]
                 expected = {k: v for k, v in acknowledged.items() if v is not None}
-                if found != expected:
-                    assert pending is not None
-                    acknowledged[pending[0]] = pending[1]
-                    expected = {k: v for k, v in acknowledged.items() if v is not None}
-                    between += 1
-                assert found == expected
-                assert_total(server, [site(k, version, number) for k, (version, number) in found.items()])
-    finally:
-        process.kill()
-        process.wait()
+            assert found == expected
+            assert_total(server, [site(k, version, number) for k, (version, number) in found.items()])
     assert len(acknowledged) > 3
 
 
-def test_a_file_of_a_killed_server_is_not_in_use(path):
+def test_a_file_of_a_killed_server_is_not_in_use(child, path):
     child(path, "after-commit")
     db = sqlite3.connect(path)
     assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)

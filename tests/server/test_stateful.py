@@ -11,7 +11,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from fspace.errors import OptionError, SiteRefused
 from fspace.inference.basis import Site
@@ -76,7 +82,9 @@ class Messages(RuleBasedStateMachine):
         self.server = self.server_class(self.path)
         self.next_basis = 0
         self.bases: list[str] = []  # the one that serves, and the open one
-        self.tables: dict[str, dict[str, tuple[Site, dict]]] = {}  # basis -> name -> what was sent, what is kept
+        self.tables: dict[
+            str, dict[str, tuple[Site, dict]]
+        ] = {}  # basis -> name -> what was sent, what is kept
         self.incarnations: dict[str, list[str]] = {name: [] for name in NAMES}
         self.removed: set[str] = set()
         self.sent: list[Site] = []
