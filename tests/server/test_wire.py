@@ -314,7 +314,7 @@ def test_a_cut_or_flipped_basis_is_refused_or_the_same(gaussian):
     """A flip in the units of the data (the scaling) is not told by the basis' id; the server keeps a hash beside it."""
     basis = replace(gaussian.basis, inducing_inputs=gaussian.basis.inducing_inputs[:3])
     data = basis_bytes(basis, unit_scaling(basis))
-    for end in list(range(0, 300)) + list(range(300, len(data), 37)):
+    for end in list(range(300)) + list(range(300, len(data), 37)):
         with pytest.raises(ModelFileError):
             basis_from_bytes(data[:end])
     generator = torch.Generator().manual_seed(4)
