@@ -11,7 +11,8 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,6 +118,24 @@ class PosteriorServer:
             )
         return site_from_bytes(row.content, form)
 
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Around a transaction and what follows it in memory: where it breaks off (an interrupt just after the commit
+        too), memory is read again from the table, so that both always say the same."""
+        try:
+            yield
+        except BaseException:
+            before, self._served = self._served, {}
+            for row in self._store.bases():
+                if row.state != "closed" and row.id in before:
+                    served = replace(
+                        before[row.id], state=row.state, total=Total(before[row.id].form, row.id)
+                    )
+                    for site in self._store.sites(row.id):
+                        served.total.add(self._read(site, served.form))
+                    self._served[row.id] = served
+            raise
+
     # -- bases -------------------------------------------------------------------------------------------------
 
     def register_basis(self, basis: Basis | WeightBasis, scaling: Scaling | None = None) -> str:
@@ -146,15 +165,16 @@ class PosteriorServer:
                 )
             state = "open" if self._served else "serving"
             served = _Served(basis, scaling, form_of(basis), state, Total(form_of(basis), basis.id))
-            with self._store.transaction():
-                content_hash = None if content is None else digest(content)
-                self._store.write_basis(BasisRow(basis.id, content, content_hash, state, time.time()))
-                complete = self._complete(basis.id)
+            with self._changing():
+                self._served[basis.id] = served
+                with self._store.transaction():
+                    content_hash = None if content is None else digest(content)
+                    self._store.write_basis(BasisRow(basis.id, content, content_hash, state, time.time()))
+                    complete = self._complete(basis.id)
+                    if complete:
+                        self._switch(basis.id)
                 if complete:
-                    self._switch(basis.id)
-            self._served[basis.id] = served
-            if complete:
-                self._switched(basis.id)
+                    self._switched(basis.id)
             return basis.id
 
     def _basis_content(self, basis: Basis | WeightBasis, scaling: Scaling | None) -> bytes | None:
@@ -195,9 +215,10 @@ class PosteriorServer:
             if len(self._served) < 2:
                 raise OptionError("There is no open epoch to abandon.")
             name = self._open_id()
-            with self._store.transaction():
-                self._store.set_state(name, "closed")
-            del self._served[name]
+            with self._changing():
+                with self._store.transaction():
+                    self._store.set_state(name, "closed")
+                del self._served[name]
 
     def _complete(self, basis_id: str) -> bool:
         """Whether an open basis has a site of every contributor of the one that serves."""
@@ -261,30 +282,31 @@ class PosteriorServer:
             total = served.total.changed(old, kept)
             if kept is not site:
                 content = site_bytes(kept)
-            with self._store.transaction():
-                if not known:
-                    self._store.write_incarnation(site.site_id, site.incarnation)
-                self._store.write_site(
-                    SiteRow(
-                        site.basis_id,
-                        site.site_id,
-                        site.incarnation,
-                        site.version,
-                        site.count,
-                        sent,
-                        step,
-                        int(indefinite),
-                        content,
-                        digest(content),
-                        time.time(),
-                    )  # fmt: skip
-                )
-                complete = served.state == "open" and self._complete(site.basis_id)
+            with self._changing():
+                with self._store.transaction():
+                    if not known:
+                        self._store.write_incarnation(site.site_id, site.incarnation)
+                    self._store.write_site(
+                        SiteRow(
+                            site.basis_id,
+                            site.site_id,
+                            site.incarnation,
+                            site.version,
+                            site.count,
+                            sent,
+                            step,
+                            int(indefinite),
+                            content,
+                            digest(content),
+                            time.time(),
+                        )  # fmt: skip
+                    )
+                    complete = served.state == "open" and self._complete(site.basis_id)
+                    if complete:
+                        self._switch(site.basis_id)
+                served.total = total
                 if complete:
-                    self._switch(site.basis_id)
-            served.total = total
-            if complete:
-                self._switched(site.basis_id)
+                    self._switched(site.basis_id)
             self._note_evidence()
             return Receipt("accepted", site.site_id, site.incarnation, site.version, step)
 
@@ -363,17 +385,18 @@ class PosteriorServer:
             totals = {name: self._served[name].total.changed(site, None) for name, site in found.items()}
             for name, total in totals.items():
                 self._require_proper_without(name, total, site_id)
-            with self._store.transaction():
-                self._store.delete_site(site_id)
-                self._store.bury(site_id)
-                newest = self._open_id() if self._served else ""
-                complete = len(self._served) > 1 and self._complete(newest)
+            with self._changing():
+                with self._store.transaction():
+                    self._store.delete_site(site_id)
+                    self._store.bury(site_id)
+                    newest = self._open_id() if self._served else ""
+                    complete = len(self._served) > 1 and self._complete(newest)
+                    if complete:
+                        self._switch(newest)
+                for name, total in totals.items():
+                    self._served[name].total = total
                 if complete:
-                    self._switch(newest)
-            for name, total in totals.items():
-                self._served[name].total = total
-            if complete:
-                self._switched(newest)
+                    self._switched(newest)
             self._note_evidence()
 
     def _require_proper_without(self, basis_id: str, total: Total, site_id: str) -> None:

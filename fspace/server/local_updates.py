@@ -54,16 +54,25 @@ def new_site(
 ) -> Site:
     """The worker's next site from its last one and the cavity; its version is one more.
 
-    Shapes: x [n, d] in the units of the basis (or images, sequences), y [n, t], weight [n].
+    Shapes: x [n, d] in the units of the basis (or images, sequences), y [n, t], weight [n]. Raises OptionError for
+    weights where the noise varies over the inputs.
     """
-    if isinstance(basis.likelihood, GaussianLikelihood):
+    if isinstance(basis.likelihood, GaussianLikelihood) and weight is None:
         made = fit_site(basis, x, y, site_id=own.site_id)
+    elif isinstance(basis.likelihood, GaussianLikelihood):
+        _require_constant_noise(basis, "Weights of rows")
+        made = said_by_rows(basis, own, cavity, x, y, weight)
     else:
         made = own
         for _ in range(how.steps):
             made = blend(made, said_by_rows(basis, made, cavity, x, y, weight), 1.0)
         made = between(own, made, how.damping)
     return replace(made, site_id=own.site_id, incarnation=own.incarnation, version=own.version + 1)
+
+
+def _require_constant_noise(basis: Basis, what: str) -> None:
+    if basis.noise_function is not None:
+        raise OptionError(f"{what} cannot go with noise that varies over the inputs; use `fit_site`.")
 
 
 class RowFactors(NamedTuple):
@@ -95,7 +104,8 @@ def power_ep(
 
     cavity: the product of the other workers' sites. power 1 is expectation propagation (for Gaussian noise: FITC),
     towards 0 variational inference (Titsias). Row factors whose cavity is no Gaussian wait for the next sweep.
-    Raises OptionError for a softmax over classes, whose tilted moments are not one-dimensional.
+    Raises OptionError for a softmax over classes, whose tilted moments are not one-dimensional, and for noise that
+    varies over the inputs.
     Source: Bui et al. (2017), section 3.
     """
     likelihood = basis.likelihood
@@ -103,6 +113,7 @@ def power_ep(
         raise OptionError(
             "Power expectation propagation takes one function an output; use natural-gradient steps."
         )
+    _require_constant_noise(basis, "Power expectation propagation")
     if not 0 < power <= 1 or not 0 < damping <= 1:
         raise OptionError(f"power={power!r} and damping={damping!r} must be above 0 and at most 1.")
     z = basis.embed(x)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as read_tensors
 from safetensors.torch import save as write_tensors
 from torch import Tensor
@@ -38,14 +39,21 @@ def site_bytes(site: Site) -> bytes:
         tensors["precision"] = _packed(tensors["precision"])
     about = {name: getattr(site, name) for name in ABOUT}
     # one entry: safetensors writes several in no order, and the same site must be the same bytes
-    metadata = {"fspace site 1": json.dumps(about)}
+    # and names in UTF-8: escaped, a name of allowed length could outgrow the header
+    metadata = {"fspace site 1": json.dumps(about, ensure_ascii=False)}
     return write_tensors({k: v.contiguous().clone() for k, v in tensors.items()}, metadata=metadata)
 
 
 def site_from_bytes(data: bytes, form: Form) -> Site:
     """The site of a basis of this form. Raises SiteRefused, before tensors are made, for what is none."""
     about = _checked_header(data, form)
-    tensors = read_tensors(data)
+    try:
+        tensors = read_tensors(data)
+    except (
+        SafetensorError,
+        ValueError,
+    ) as error:  # a header of the right sizes that is not laid out as it should be
+        raise SiteRefused("format", f"The bytes are no safetensors of a site: {error}.") from error
     if not form.diagonal:
         tensors["precision"] = _unpacked(tensors["precision"], form.size)
     return Site(
@@ -100,7 +108,9 @@ def _checked_header(data: bytes, form: Form) -> dict[str, Any]:
     for name, shape in wanted.items():
         try:
             dtype, found, offsets = layout[name]["dtype"], layout[name]["shape"], layout[name]["data_offsets"]
-            first, last = (int(o) for o in offsets)
+            first, last = offsets
+            if type(first) is not int or type(last) is not int:
+                raise ValueError("offsets are whole numbers")
         except (TypeError, LookupError, ValueError) as error:
             raise SiteRefused("format", f"The header does not describe {name}.") from error
         if dtype != "F64":
@@ -208,7 +218,12 @@ def basis_from_bytes(
     try:
         (size,) = struct.unpack("<Q", data[:8])
         about = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["fspace basis 1"])
-        return read_basis(about, read_tensors(data), modules)
+        tensors = read_tensors(data)
+        if type(about["outputs"]) is not int or not 0 < about["outputs"] <= len(
+            data
+        ):  # which would be allocated
+            raise ValueError(f"{about['outputs']} outputs in {len(data)} bytes")
+        return read_basis(about, tensors, modules)
     except ModelFileError:
         raise
     except Exception as error:  # struct, json and safetensors each raise their own kinds for damaged bytes
