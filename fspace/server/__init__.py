@@ -12,6 +12,10 @@ _WHERE = {
     "WeightBasis": "fspace.server.weights",
     "WeightPosterior": "fspace.server.weights",
     "Update": "fspace.server.local_updates",
+    "RemoteServer": "fspace.server.client",
+    "Tokens": "fspace.server.tokens",
+    "Limits": "fspace.server.tokens",
+    "create_app": "fspace.server.http",
 }
 __all__ = sorted(_WHERE)
 
