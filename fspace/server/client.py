@@ -43,8 +43,8 @@ class RemoteServer:
     be reached or is busy: to send a site twice changes nothing.
 
     verify: True, or a file of certificates to trust instead; tries, timeout: how often, and how many seconds each.
-    modules: as in `fspace.load`. Raises OptionError for a token that would travel unencrypted to another machine (unless
-    insecure), ServerError where the server cannot be reached, AccessRefused for what the token does not allow.
+    modules: as in `fspace.load`. Raises OptionError for a token that would travel unencrypted to another machine
+    (unless insecure), ServerError where the server cannot be reached, AccessRefused for what the token does not allow.
     """
 
     def __init__(

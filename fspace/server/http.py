@@ -29,6 +29,7 @@ from fspace.server.wire import (
 try:
     from fastapi import FastAPI, Request, Response
     from starlette.concurrency import run_in_threadpool
+    from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
 except ImportError as error:
     raise OptionError("The network front needs FastAPI and uvicorn: pip install 'fspace[serve]'.") from error
@@ -70,6 +71,12 @@ def create_app(server: PosteriorServer, tokens: Tokens, limits: Limits | None = 
         ("GET", "/model", front.model),
     ):
         app.router.add_route(path, front.guarded(call), methods=[method])
+
+    async def astray(request: Any, error: Any) -> Response:
+        message = f"{request.method} {request.url.path}: {error.detail}; see `create_app` for what there is."
+        return _refusal("address", message, error.status_code)
+
+    app.add_exception_handler(HTTPException, astray)
     return app
 
 
