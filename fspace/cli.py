@@ -1,4 +1,5 @@
-"""The terminal: `fspace fit`, `predict`, `serve`, `token`, `worker`, `fetch`. Heavy imports wait for a command, so help is quick."""
+"""The terminal: `fspace fit`, `predict`, `serve`, `token`, `worker`, `fetch`. Heavy imports wait for a command, so help
+is quick."""
 
 from __future__ import annotations
 

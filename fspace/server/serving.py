@@ -180,7 +180,8 @@ def table_rows(
     absent = [name for name in names if name not in frame.columns]
     if absent:
         raise DataError(
-            f"{data} has no column {absent[0]!r}, which the model predicts; it has {', '.join(map(str, frame.columns))}."
+            f"{data} has no column {absent[0]!r}, which the model predicts; it has "
+            f"{', '.join(map(str, frame.columns))}."
         )
     target, inputs = frame[names], frame.drop(columns=names)
     if hasattr(encoder, "feature_names_in_"):
@@ -214,7 +215,7 @@ def work(address: Address, data: str, site_id: str, rounds: int, say: Say) -> Si
         own = replace(start, incarnation=server.join(site_id), version=-1)
         gaussian = isinstance(basis.likelihood, GaussianLikelihood)
         moved = math.inf
-        for k in range(1 if gaussian else rounds):
+        for _ in range(1 if gaussian else rounds):
             cavity = own if gaussian else server.cavity(site_id, basis.id)
             made = new_site(basis, x, y, own, cavity, Update())
             receipt = server.put(made)
@@ -231,7 +232,7 @@ def work(address: Address, data: str, site_id: str, rounds: int, say: Say) -> Si
             if moved < SETTLED:
                 break
         if not gaussian and moved >= SETTLED:
-            say(f"Not settled after {k + 1} rounds; other workers may be moving. Run it again to go on.")
+            say(f"Not settled after {rounds} rounds; other workers may be moving. Run it again to go on.")
         say(f"Log evidence of all sites: {server.log_evidence():,.4f} nats")
         return own
 
