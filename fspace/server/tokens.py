@@ -69,7 +69,7 @@ class Tokens:
         self._seen: tuple[int, ...] | None = None
         self._refresh()
 
-    def issue(self, rights: Iterable[str], site: str | None = None, days: float = 30.0) -> str:
+    def issue(self, rights: Iterable[str], site: str | None = None, days: float | int = 30) -> str:
         """A new token, which is shown only here. Raises OptionError for unknown rights, `put` without a site, and a
         life that is not positive."""
         wanted = tuple(dict.fromkeys(rights))

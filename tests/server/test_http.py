@@ -341,7 +341,8 @@ class Dies(PosteriorServer):
         return receipt
 
 serving.PosteriorServer = Dies
-serving.serve_store("server.db", "tokens.json", None, serving.Listening(port={port}), lambda text: print(text, flush=True))
+where = serving.Listening(port={port})
+serving.serve_store("server.db", "tokens.json", None, where, lambda text: print(text, flush=True))
 """
 
 
