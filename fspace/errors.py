@@ -46,3 +46,14 @@ class SiteRefused(FspaceError, ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:  # so that it can cross processes
         return type(self), (self.reason, str(self))
+
+
+class AccessRefused(ServerError):
+    """A request that its token does not allow; nothing has changed. `reason` is one word for programs."""
+
+    def __init__(self, reason: str, message: str, status: int = 401, retry_after: float | None = None):
+        super().__init__(message)
+        self.reason, self.status, self.retry_after = reason, status, retry_after
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, str(self), self.status, self.retry_after)

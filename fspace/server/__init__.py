@@ -18,6 +18,10 @@ _WHERE = {
     "TableShard": "fspace.server.workers",
     "fit": "fspace.server.engines",
     "Update": "fspace.server.local_updates",
+    "RemoteServer": "fspace.server.client",
+    "Tokens": "fspace.server.tokens",
+    "Limits": "fspace.server.tokens",
+    "create_app": "fspace.server.http",
 }
 __all__ = sorted(_WHERE)
 

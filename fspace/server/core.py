@@ -191,6 +191,11 @@ class PosteriorServer:
             served = self._find(basis_id if basis_id is not None else self._open_id())
             return served.basis, served.scaling
 
+    def forms(self) -> dict[str, Form]:
+        """What sites of every basis look like, by the basis' id."""
+        with self._lock:
+            return {name: served.form for name, served in self._served.items()}
+
     def _open_id(self) -> str:
         if not self._served:
             raise ServerError("The server has no basis yet; register one.")

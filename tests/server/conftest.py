@@ -1,15 +1,20 @@
 """A small problem that server tests share: rows, their basis and the shards they are split into."""
 
+import socket
+import threading
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
+import uvicorn
 from gpytorch.kernels import MaternKernel, ScaleKernel
 from torch import Tensor
 
 from fspace.inference.basis import Basis
 from fspace.inference.likelihoods import BernoulliLikelihood, with_offset
 from fspace.inference.optimise import gaussian_likelihood
+from fspace.server import Limits, PosteriorServer, RemoteServer, Tokens, create_app
 
 
 @dataclass
@@ -50,3 +55,46 @@ def binary() -> Problem:
     y = (torch.rand(480).double() < torch.special.ndtr(f)).double()[:, None]
     likelihood = with_offset(BernoulliLikelihood(), y).requires_grad_(False)
     return Problem(Basis(_kernel(), x[:25].clone(), likelihood), x, y)
+
+
+class Front:
+    """A real uvicorn on a free port of 127.0.0.1, in a thread."""
+
+    def __init__(self, server: PosteriorServer, limits: Limits | None = None, **options: str):
+        self.server, self.tokens = server, Tokens()
+        app = create_app(server, self.tokens, limits or Limits(rate=1e6, burst=10**6))
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self._uvicorn = uvicorn.Server(uvicorn.Config(app, log_level="error", **options))
+        self._thread = threading.Thread(target=self._uvicorn.run, kwargs={"sockets": [self._listener]})
+        self._thread.start()
+        kind = "https" if "ssl_certfile" in options else "http"
+        self.url = f"{kind}://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.admin = self.tokens.issue(["read", "admin"])
+
+    def token(self, site: str) -> str:
+        """A worker's token."""
+        return self.tokens.issue(["put", "read"], site)
+
+    def client(self, site: str | None = None, **options: Any) -> RemoteServer:
+        """A client with the token of a site, or an admin's."""
+        return RemoteServer(self.url, self.admin if site is None else self.token(site), **options)
+
+    def close(self) -> None:
+        """End it."""
+        self._uvicorn.should_exit = True
+        self._thread.join()
+        self._listener.close()
+
+
+@pytest.fixture
+def front():
+    """Make a front for a server; all are ended after the test."""
+    made = []
+
+    def make(server: PosteriorServer, limits: Limits | None = None, **options: str) -> Front:
+        made.append(Front(server, limits, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
