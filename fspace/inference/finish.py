@@ -228,11 +228,11 @@ def refit_noise(basis: Basis, whitened: Statistics) -> Statistics:
         cross = s.sqrt() * whitened.cross
         return replace(whitened, outer=s * whitened.outer, cross=cross, trace=(s * whitened.trace)[0])
 
-    def loss() -> float:
+    def loss() -> Tensor:
         bound = bound_from(scaled(), identity, likelihood.noise[..., 0])
         value = -bound / (whitened.count * whitened.squares.numel())
         value.backward()
-        return value.item()
+        return value.detach()
 
     lbfgs(loss, [*noise, *([log_scale] if variances else [])], 25, lambda value: None)
     for p in noise:
