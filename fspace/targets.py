@@ -182,6 +182,13 @@ def balanced(
         raise OptionError(
             f"class_weight={class_weight!r} must be None, 'balanced', or a dict from class to weight."
         )
+    rare = [label for k, label in enumerate(classes.tolist()) if not (labels == k).any()]
+    if named and rare:
+        raise OptionError(
+            f"class_weight='balanced' weighs a class by how rare it is, but of the classes {rare[:10]} there is no row "
+            "(with a weight above 0) in this first call. Give it rows of every class, or weights of your own: "
+            "class_weight={class: weight, ...}."
+        )
     try:
         of_class = compute_class_weight(class_weight, classes=classes, y=classes[labels])
     except (TypeError, ValueError) as error:
