@@ -42,6 +42,7 @@ from fspace.posterior import MixturePosterior
 
 FORMAT = 2
 ESTIMATORS: dict[str, type[GPEstimator]] = {"GPRegressor": GPRegressor, "GPClassifier": GPClassifier}
+JOINED = "data+held out"  # what the first site of a sparse posterior was called at first
 SCALING = ("unit", "power", "shift", "scale", "y_shift", "y_scale")
 
 
@@ -290,12 +291,14 @@ def _member(
     if basis.id != spec["basis_id"]:
         raise ModelFileError("A saved parameter differs from what was saved (the basis has another id).")
     sites = {}
+    names = [about["name"] for about in spec["sites"]]
     for i, about in enumerate(spec["sites"]):
         natural = part(f"site{i}")
         numbers = natural["precision"], natural["shift"], natural["log_scale"]
-        sites[about["name"]] = Site(
-            basis.id, *numbers, about["count"], about["name"], version=about["version"]
-        )
+        name = about["name"]
+        if name == JOINED and "data" not in names:
+            name = "data"
+        sites[name] = Site(basis.id, *numbers, about["count"], name, version=about["version"])
     kind = GPPosterior if described is None else LikelihoodPosterior
     return kind(basis, sites, Scaling(**part("scaling")), spec["vector"])
 

@@ -129,7 +129,8 @@ def finish_sparse(
             likelihood.noise = level
     basis = replace(basis)
     sites = [site_from(basis, whitened), fit_site(basis, x_held, y_held, site_id="held out")]
-    return Finished(basis, sites[0] + sites[1], log_evidence(sites), densities)
+    whole = replace(sites[0] + sites[1], site_id=sites[0].site_id)  # to whoever fits them they are one
+    return Finished(basis, whole, log_evidence(sites), densities)
 
 
 def finish_sites(
