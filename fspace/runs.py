@@ -23,7 +23,16 @@ from fspace.data import TableEncoder, check_target, load_diabetes_table, read_ta
 from fspace.errors import DataError, ModelFileError, OptionError
 from fspace.estimators import GAUSSIAN, LIKELIHOODS, GPClassifier, GPRegressor
 from fspace.fitting import GPEstimator
-from fspace.folders import DEFAULT_OUT, METRICS, MODEL, PREDICTIONS, REPORT, choose_folder, publish
+from fspace.folders import (
+    DEFAULT_OUT,
+    METRICS,
+    MODEL,
+    PREDICTIONS,
+    REPORT,
+    choose_folder,
+    publish,
+    unfinished,
+)
 from fspace.inference.likelihoods import NAMED
 from fspace.predictive_base import check_seed
 from fspace.progress import progress
@@ -87,9 +96,8 @@ def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
     estimator = GPRegressor if classes is None else GPClassifier
     own = {k: v for k, v in run.options.items() if k in estimator().get_params()}
     model = estimator(categories=list(run.categorical) or None, progress=False if quiet else "auto", **own)
-    part = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:  # before the fit, so that nobody waits for results that then have no place
-        part.mkdir()
+        part = unfinished(folder)
     except OSError as error:
         raise OptionError(f"--out {folder}: the folder cannot be made ({error.strerror}).") from error
     try:

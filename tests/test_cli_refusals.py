@@ -1,6 +1,7 @@
 """Commands that would lose something, or wait for a fit that has no place to go, are refused before they start."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -139,7 +140,7 @@ def test_ctrl_c_in_a_running_command_writes_the_best_state(houses):
     process = subprocess.Popen(
         [sys.executable, "-m", "fspace.cli", *command], cwd=houses.parent, env=environment
     )
-    part = houses.parent / f".m.{process.pid}"
+    part = houses.parent / f".m.{platform.node()}.{process.pid}"
     while not part.exists() and process.poll() is None:  # made right before the fit
         time.sleep(0.01)
     time.sleep(4)  # the first member is under way, or done
@@ -149,6 +150,32 @@ def test_ctrl_c_in_a_running_command_writes_the_best_state(houses):
     assert model.interrupted_ and not part.exists()
     frame = read_table(houses)
     assert len(model.predict(frame[["size", "rooms"]])) == len(frame)
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(run, houses):
+    environment = os.environ | {"PYTHONPATH": str(Path(fspace.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "fspace.cli", *FIT[:-1], "deep", "--members", "50", "--out", "m"]
+    process = subprocess.Popen(command, cwd=houses.parent, env=environment)
+    left = houses.parent / f".m.{platform.node()}.{process.pid}"
+    while not left.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL and left.is_dir()
+    (left / "model.fspace").write_text("half")
+    others = [
+        houses.parent / name
+        for name in (
+            f".m.{platform.node()}.{os.getppid()}",  # it lives
+            f".m.elsewhere.{process.pid}",  # on another machine
+            f".n.{platform.node()}.{process.pid}",  # of another output
+            f".m.{platform.node()}.notes",
+        )
+    ]
+    for other in others:
+        other.mkdir()
+    assert run(*FIT, "--out", "m")[0] == 0
+    assert not left.exists() and all(other.is_dir() for other in others)
+    assert fspace.load(houses.parent / "m" / "model.fspace").predict([[50.0, 2.0]]).shape == (1,)
 
 
 # ---- classes -----------------------------------------------------------------------------------------
