@@ -6,8 +6,11 @@ import contextlib
 import json
 import math
 import os
+import re
+import shlex
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +72,7 @@ def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
     if run.task not in TASKS:
         raise OptionError(f"task={run.task!r} does not exist; choose one of {', '.join(TASKS)}.")
     if not 0 <= run.test_fraction < 1:
-        raise OptionError(f"test-fraction={run.test_fraction} must be at least 0 and below 1.")
+        raise OptionError(f"--test-fraction {run.test_fraction} must be at least 0 and below 1.")
     seed = check_seed(run.options.get("seed", 0))
     folder = choose_folder(run.out, run.overwrite)
     if run.data is not None and Path(run.data).resolve() in [
@@ -90,6 +93,7 @@ def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
         likelihood = str(run.options.get("likelihood", "auto"))
         if likelihood in LIKELIHOODS and likelihood in NAMED:
             check_support(y.reshape(len(y), -1), NAMED[likelihood](), y.ndim == 1)
+    _note_identifiers(inputs)
     # over all rows, so that a bad cell is named by its row in the file, not by its row in the training part
     TableEncoder(missing=str(run.options.get("missing", "error"))).fit(inputs)
     train, test = _split(len(inputs), run.test_fraction, seed, None if classes is None else y)
@@ -328,6 +332,18 @@ def _load(run: FitRun) -> tuple[pd.DataFrame, pd.DataFrame, str]:
             table[column] = table[column].astype("category")
     inputs, target = split_target(table, list(dict.fromkeys(targets)))
     return inputs, target, source
+
+
+def _note_identifiers(inputs: pd.DataFrame) -> None:
+    """Says so where a column looks like row numbers: a model would learn from them what no new row can have."""
+    for name, column in inputs.items():
+        named = re.fullmatch(r"(?i)unnamed: \d+|index|row|nr|no|key|(.*[ _-])?id", str(name))
+        if named and column.dtype.kind in "iu" and column.is_unique:
+            warnings.warn(
+                f"Column {name!r} looks like an identifier; if it is one, leave it out: "
+                f"--drop {shlex.quote(str(name))}.",
+                stacklevel=2,
+            )
 
 
 def _split(
