@@ -4,6 +4,7 @@ is quick."""
 from __future__ import annotations
 
 import io
+import re
 import sys
 import warnings
 from functools import cache
@@ -12,6 +13,15 @@ from typing import Annotated, Any
 
 import typer
 
+# What messages call by its name in Python, and what it is called here.
+WORDS = (
+    (r"missing='impute' in the fit \(terminal: ([^)]*)\)", r"\1"),
+    (r"(X\[[^]]*\]\.astype\('category'\), or )?categories=\[[^]]*\], or in the terminal (?=--)", ""),
+    (r" or pass a gpytorch [a-z ]+(?=[.;])", ""),
+    (r"\(Classes: GPClassifier\.\)", "(Classes: --task classification.)"),
+    (r"\b(kernel|inference|likelihood|members|inducing|missing|seed|device|task)='([^' ]*)'", r"--\1 \2"),
+    (r"\b(members|inducing|seed)=(?=[-\d])", r"--\1 "),
+)
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 
 app = typer.Typer(
@@ -269,7 +279,15 @@ def _print_results(results: dict[str, Any]) -> None:
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
     """A warning is for the person at the terminal: its words, once, without file and line."""
-    _note(" ".join(str(message).split()))
+    _note(_said(message))
+
+
+def _said(message: Any) -> str:
+    """A message in one line, with the options of the terminal in place of Python's."""
+    text = " ".join(str(message).split())
+    for pattern, words in WORDS:
+        text = re.sub(pattern, words, text)
+    return text
 
 
 @cache
@@ -300,8 +318,7 @@ def main() -> None:
         from rich.console import Console
         from rich.text import Text
 
-        message = " ".join(str(error).split())
-        Console(stderr=True).print(Text(f"Error: {message}", style="red"), soft_wrap=True)
+        Console(stderr=True).print(Text(f"Error: {_said(error)}", style="red"), soft_wrap=True)
         sys.exit(2)
 
 

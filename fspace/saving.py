@@ -43,6 +43,7 @@ from fspace.posterior import MixturePosterior
 
 FORMAT = 2
 ESTIMATORS: dict[str, type[GPEstimator]] = {"GPRegressor": GPRegressor, "GPClassifier": GPClassifier}
+JOINED = "data+held out"  # what the first site of a sparse posterior was called at first
 SCALING = ("unit", "power", "shift", "scale", "y_shift", "y_scale")
 
 
@@ -288,12 +289,14 @@ def _member(
 ) -> GPPosterior:
     basis, scaling = read_basis(spec, tensors, modules)
     sites = {}
+    names = [about["name"] for about in spec["sites"]]
     for i, about in enumerate(spec["sites"]):
         natural = _part(tensors, f"site{i}")
         numbers = natural["precision"], natural["shift"], natural["log_scale"]
-        sites[about["name"]] = Site(
-            basis.id, *numbers, about["count"], about["name"], version=about["version"]
-        )
+        name = about["name"]
+        if name == JOINED and "data" not in names:
+            name = "data"
+        sites[name] = Site(basis.id, *numbers, about["count"], name, version=about["version"])
     return posterior_of(basis, sites, scaling, spec["vector"])
 
 

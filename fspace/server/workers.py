@@ -120,7 +120,10 @@ def in_units_of_basis(
     basis: Basis, scaling: Scaling, x: Any, y: Any, name: str
 ) -> tuple[Tensor, Float[Tensor, "n t"]]:
     """Rows in the units of the data as a basis models them. Raises DataError, naming the shard, for what cannot be."""
-    x, y = (v.to(torch.float64) if isinstance(v, Tensor) else torch.tensor(np.array(v, np.float64)) for v in (x, y))
+    x, y = (
+        v.to(torch.float64) if isinstance(v, Tensor) else torch.tensor(np.array(v, np.float64))
+        for v in (x, y)
+    )
     likelihood = basis.likelihood
     classes = isinstance(likelihood, OffsetLikelihood) and likelihood.classes
     outputs = 1 if classes else scaling.y_shift.shape[0]
