@@ -203,8 +203,8 @@ def _describe(member: GPPosterior, prefix: str, tensors: dict[str, torch.Tensor]
 def describe_basis(
     basis: Basis, scaling: Scaling, prefix: str, tensors: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """How a basis and the scaling before it are built, as JSON; their numbers go to `tensors`. Raises ModelFileError for
-    a kernel or likelihood that cannot be described."""
+    """How a basis and the scaling before it are built, as JSON; their numbers go to `tensors`. Raises ModelFileError
+    for a kernel or likelihood that cannot be described."""
     tensors |= {f"{prefix}kernel.{k}": v for k, v in basis.kernel.state_dict().items()}
     tensors |= {f"{prefix}likelihood.{k}": v for k, v in basis.likelihood.state_dict().items()}
     if basis.noise_function is not None:
