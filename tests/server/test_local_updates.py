@@ -1,4 +1,4 @@
-"""What workers make of their rows: closed forms of power EP, brute force, and rounds that reach the pooled posterior."""
+"""What workers make of their rows: closed forms of power EP, brute force, rounds that reach the pooled posterior."""
 
 import itertools
 import math
