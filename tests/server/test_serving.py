@@ -95,7 +95,7 @@ def test_serve_workers_fetch_and_predict(trip):
     served = Served(folder, "--model", "model.fspace")
     try:
         # Gaussian: a put each. Else they go on until neither is moved by the other.
-        for name in NAMES if task == "regression" else NAMES * 3:
+        for name in NAMES if task == "regression" else NAMES * 6:
             about = ["--server", served.url, "--token-file", f"{name}.token"]
             if task == "regression":
                 printed = command(folder, "worker", *about, "--site", name, "--data", f"{name}.csv")
