@@ -33,7 +33,7 @@ class Update:
     """How a worker moves its site in a round: `steps` natural-gradient steps, each against the cavity, then `damping`
     of the way there (1: all of it)."""
 
-    steps: int = 3
+    steps: int = 1
     damping: float = 1.0
 
     def __post_init__(self) -> None:

@@ -138,9 +138,9 @@ def in_units_of_basis(
     for what, values in (("x", x), ("y", y)):
         bad = ~values.reshape(len(values), -1).isfinite().all(1)
         if bool(bad.any()):
-            row = int(bad.nonzero()[0])
+            first = int(bad.nonzero()[0])
             raise DataError(
-                f"Shard {name!r}: row {row} of {what} holds NaN or infinite values; leave such rows out."
+                f"Shard {name!r}: row {first} of {what} holds NaN or infinite values; leave such rows out."
             )
     x = scaling.inputs(x)
     if classes:
