@@ -21,19 +21,26 @@ class RayEngine(Engine):
     """Actors of the Ray cluster that this process is connected to, or of one started here for the purpose.
 
     address: of a running cluster ("auto": the one of this machine); None starts one on this machine. options: for every
-    actor (`num_cpus`, `num_gpus`, `resources`). Raises OptionError where Ray is not installed.
+    actor (`num_cpus`, `num_gpus`, `resources`, `scheduling_strategy`); without them actors are spread over the
+    machines, any number to a core. restarts: how often an actor that died starts again. patience: seconds within which
+    all actors must have found a place.
+    Raises OptionError where Ray is not installed, and for an option that Ray does not know.
     """
 
     def __init__(
-        self, address: str | None = None, options: Mapping[str, Any] | None = None, restarts: int = 3
+        self,
+        address: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        restarts: int = 3,
+        patience: float = 300.0,
     ):
         try:
             import ray
         except ImportError as error:
             raise OptionError('engine="ray" needs Ray: pip install "fspace[ray]".') from error
         self._ray = ray
-        self.address, self.restarts = address, restarts
-        self.options = {"num_cpus": 1, **(options or {})}
+        self.address, self.restarts, self.patience = address, restarts, patience
+        self.options = {"scheduling_strategy": "SPREAD", **(options or {})}
         self._started_here = False
 
     def start(self, workers: Mapping[str, Worker]) -> None:
@@ -43,11 +50,25 @@ class RayEngine(Engine):
             ray.init(
                 address=self.address, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
             )
-        actor = ray.remote(_Actor).options(
-            **self.options, max_restarts=self.restarts, max_task_retries=self.restarts
-        )
-        self._actors = {name: actor.remote(worker) for name, worker in workers.items()}
+        self._actors: dict[str, Any] = {}
         self._pending: dict[Any, str] = {}
+        try:
+            actor = ray.remote(_Actor).options(
+                **self.options, max_restarts=self.restarts, max_task_retries=self.restarts
+            )
+        except (ValueError, TypeError) as error:
+            self.stop()
+            raise OptionError(f"Ray does not take options={self.options!r}: {error}") from error
+        self._actors = {name: actor.remote(worker) for name, worker in workers.items()}
+        placed = [actor.ready.remote() for actor in self._actors.values()]
+        _, waiting = ray.wait(placed, num_returns=len(placed), timeout=self.patience)
+        if waiting:
+            resources = ray.cluster_resources()
+            self.stop()
+            raise ServerError(
+                f"{len(waiting)} of {len(placed)} actors found no place within {self.patience:g} s: each wants "
+                f"{self.options!r}, the cluster has {resources!r}. Ask for less, or add machines."
+            )
 
     def submit(self, name: str, method: str, *arguments: Any) -> None:
         self._pending[self._actors[name].ask.remote(method, *arguments)] = name
@@ -78,6 +99,9 @@ class _Actor:
 
         torch.set_num_threads(1)
         self._worker = worker
+
+    def ready(self) -> None:
+        """Answers once the actor runs."""
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """What a method of the worker answers."""
