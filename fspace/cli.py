@@ -1,5 +1,5 @@
-"""The terminal: `fspace fit`, `predict`, `serve`, `token`, `worker`, `fetch`. Heavy imports wait for a command, so help
-is quick."""
+"""The terminal: `fspace fit`, `predict`, `serve`, `token`, `worker`, `forget`, `fetch`. Heavy imports wait for a
+command, so help is quick."""
 
 from __future__ import annotations
 
@@ -210,6 +210,25 @@ def worker(
     except KeyboardInterrupt:
         typer.echo("Interrupted; what was put stays.", err=True)
         raise typer.Exit(INTERRUPTED) from None
+
+
+@app.command()
+def forget(
+    site: Annotated[str, typer.Option(help="Name of the site to take back.")],
+    server: Annotated[str, typer.Option(help="Address of the server: https://...")],
+    token_file: Annotated[str, typer.Option(help="File that holds a token with the right admin.")],
+    certificate: Annotated[
+        str | None, typer.Option(help="Certificate to trust (PEM), where it is self-signed.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Send the token without TLS.")] = False,
+) -> None:
+    """Take a site off a server: the posterior is then that of the other sites."""
+    from fspace.server.serving import Address
+
+    with Address(server, token_file, certificate, insecure).connect() as remote:
+        remote.remove(site)
+        evidence = remote.log_evidence()
+    typer.echo(f"Site {site!r} is gone. Log evidence of the others: {evidence:,.4f} nats")
 
 
 @app.command()

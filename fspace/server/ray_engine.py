@@ -59,7 +59,9 @@ class RayEngine(Engine):
         except (ValueError, TypeError) as error:
             self.stop()
             raise OptionError(f"Ray does not take options={self.options!r}: {error}") from error
-        self._actors = {name: actor.remote(worker) for name, worker in workers.items()}
+        # held here, so that an actor that starts again still finds its worker
+        self._kept = {name: ray.put(worker) for name, worker in workers.items()}
+        self._actors = {name: actor.remote(worker) for name, worker in self._kept.items()}
         placed = [actor.ready.remote() for actor in self._actors.values()]
         _, waiting = ray.wait(placed, num_returns=len(placed), timeout=self.patience)
         if waiting:
@@ -87,6 +89,7 @@ class RayEngine(Engine):
     def stop(self) -> None:
         for actor in self._actors.values():
             self._ray.kill(actor)
+        self._kept = {}
         if self._started_here:
             self._ray.shutdown()
 
