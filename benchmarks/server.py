@@ -190,7 +190,7 @@ def times() -> dict[str, Any]:
 
     import ray
 
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(include_dashboard=False, log_to_driver=False)
     ways: dict[str, Callable[[], float]] = {
         "one process, 1 thread": lambda: pooled(1),
         "one process, 2 threads": lambda: pooled(2),
