@@ -110,6 +110,13 @@ def test_serve_workers_fetch_and_predict(trip):
         about = ["--server", served.url, "--token-file", "UA.token"]
         assert "100 rows" in command(folder, "fetch", *about, "--out", "new.fspace")
         assert "exists" in command(folder, "fetch", *about, "--out", "new.fspace", status=2)
+        if task == "regression":
+            assert "right" in command(folder, "forget", *about, "--site", "AA", status=2)
+            (folder / "admin.token").write_text(command(folder, "token", "--rights", "read,admin"))
+            about = ["--server", served.url, "--token-file", "admin.token"]
+            assert "no site" in command(folder, "forget", *about, "--site", "DL", status=2)
+            assert "'AA' is gone" in command(folder, "forget", *about, "--site", "AA")
+            assert "50 rows" in command(folder, "fetch", *about, "--out", "less.fspace")
     finally:
         printed, status = served.end()
     assert status == 0 and "Ended" in printed and "Traceback" not in printed
