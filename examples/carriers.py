@@ -126,7 +126,12 @@ figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
 axes.plot([score for _, _, score in story], "o-", color="#2b6ca3")
 for k, (_, rows, score) in enumerate(story):
     axes.annotate(
-        f"{rows:,} rows", (k, score), textcoords="offset points", xytext=(0, 7 if k else -14), ha="center", fontsize=8
+        f"{rows:,} rows",
+        (k, score),
+        textcoords="offset points",
+        xytext=(0, 7 if k else -14),
+        ha="center",
+        fontsize=8,
     )
 axes.set_xticks(range(len(story)), [textwrap.fill(what, 12) for what, _, _ in story], fontsize=8)
 axes.set_ylabel("mean log-likelihood\nof 3,000 other flights")
