@@ -64,6 +64,7 @@ class Front:
         self.server, self.tokens = server, Tokens()
         app = create_app(server, self.tokens, limits or Limits(rate=1e6, burst=10**6))
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._uvicorn = uvicorn.Server(uvicorn.Config(app, log_level="error", **options))
         self._thread = threading.Thread(target=self._uvicorn.run, kwargs={"sockets": [self._listener]})
         self._thread.start()
