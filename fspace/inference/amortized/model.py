@@ -11,7 +11,7 @@ from abc import abstractmethod
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,13 +20,13 @@ from safetensors.torch import save as write_tensors
 from torch import Tensor
 
 from fspace import __version__
-from fspace.errors import DataError, ModelFileError, NotFittedError, OptionError
-from fspace.inference.amortized.training import History, Plan, Rows, Trainable, train
+from fspace.errors import DataError, ModelFileError, NotFittedError
+from fspace.inference.amortized.training import History, Rows, Trainable, plan_of, train
 from fspace.inference.numerics import pick_device, seeded
 
 FORMAT = 1
 MODELS = {  # what a file may name: nothing else is ever made from one
-    "VAE": "fspace.inference.amortized.vae",
+    "GPPriorVAE": "fspace.inference.amortized.gp_prior",
 }
 
 
@@ -68,14 +68,10 @@ class AmortizedModel(Trainable):
     def log_likelihood(self, data: Any, samples: int = 5000, seed: int | None = 0) -> Float[Tensor, " n"]:
         """An estimate of log p of every row (nats), a lower bound in expectation."""
 
-    def fit(self, data: Any, **plan: Any) -> Self:
+    def fit(self, data: Any, **plan: Any) -> Any:
         """Train on data; keywords as in `training.Plan` (epochs, batch_size, learning_rate, patience, held_out, seed,
         progress, checkpoint). history_ says how it went. Raises DataError, OptionError, NumericalError."""
-        try:
-            how = Plan(**plan)
-        except TypeError as error:
-            names = ", ".join(inspect.signature(Plan).parameters)
-            raise OptionError(f"{error}; `fit` takes {names}.") from error
+        how = plan_of(plan)
         rows = self.prepare(data)
         with seeded(how.seed):
             self._make(self.shape_of(rows))

@@ -11,7 +11,7 @@ import uuid
 import zipfile
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -77,6 +77,15 @@ class Plan:
             raise OptionError(f"held_out={self.held_out!r} must be between 0 and 1.")
 
 
+def plan_of(options: dict[str, Any]) -> Plan:
+    """The plan of these options. Raises OptionError for one that there is not, or a value that makes no sense."""
+    known = [option.name for option in fields(Plan)]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise OptionError(f"{unknown[0]!r} is no option of `fit`; `fit` takes {', '.join(known)}.")
+    return Plan(**options)
+
+
 @dataclass
 class History:
     """What happened in every pass: the mean bound of training and of held-out rows (nats). stopped: why it ended:
@@ -88,19 +97,23 @@ class History:
     stopped: str = ""
 
 
-def train(model: Trainable, rows: Rows, plan: Plan) -> History:
+def train(model: Trainable, rows: Rows, plan: Plan, judged: Rows | None = None) -> History:
     """Train in place; the state with the best held-out bound stays. Ctrl-C ends between two steps with that state.
+
+    judged: rows to hold out (None: `plan.held_out` of the rows, at random).
 
     Raises DataError for fewer than two rows, NumericalError where the bound is no number (the best state so far is
     then in place), ModelFileError for a checkpoint of another run.
     """
     n = len(rows[0])
-    if n < 2:
-        raise DataError(f"There must be at least 2 rows to train on and to hold out; there is {n}.")
     generator = torch.Generator(device=rows[0].device).manual_seed(plan.seed)
-    order = torch.randperm(n, generator=generator, device=rows[0].device)
-    held = max(1, min(n - 1, round(plan.held_out * n)))
-    judged, kept = tuple(r[order[:held]] for r in rows), tuple(r[order[held:]] for r in rows)
+    kept = rows
+    if judged is None:
+        if n < 2:
+            raise DataError(f"There must be at least 2 rows to train on and to hold out; there is {n}.")
+        order = torch.randperm(n, generator=generator, device=rows[0].device)
+        held = max(1, min(n - 1, round(plan.held_out * n)))
+        judged, kept = tuple(r[order[:held]] for r in rows), tuple(r[order[held:]] for r in rows)
     model.begin(kept)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, plan.learning_rate)
