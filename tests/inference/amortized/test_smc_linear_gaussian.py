@@ -149,9 +149,9 @@ def test_a_resampler_that_prefers_some_particles_is_noticed():
     def in_order(z, x, t, noise):
         return step(z.sort(0).values, x, t, noise)
 
-    u = torch.rand(8, 16, 6000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    right = run((init, step), 16, 6000, resampling="multinomial", criterion="always", uniforms=u)
-    wrong = run((init, step), 16, 6000, resampling="multinomial", criterion="always", uniforms=u**4)
+    u = torch.rand(8, 16, 24_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    right = run((init, step), 16, 24_000, resampling="multinomial", criterion="always", uniforms=u)
+    wrong = run((init, step), 16, 24_000, resampling="multinomial", criterion="always", uniforms=u**4)
     assert abs(z_score((right.log_evidence - LOG_P).exp(), 1.0)) < 4
     assert abs(z_score((wrong.log_evidence - LOG_P).exp(), 1.0)) > 4
 
