@@ -200,7 +200,7 @@ def gradients(ancestor_grad, replicates=40_000, baseline=None):
 def exact():
     theta = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
     value = expected_log_evidence(theta)
-    return float(value), float(torch.autograd.grad(value, theta)[0])
+    return float(value.detach()), float(torch.autograd.grad(value, theta)[0])
 
 
 def test_score_gradient_is_the_enumerated_one_and_without_it_the_gradient_is_biased():
