@@ -94,7 +94,7 @@ class VRNN(AmortizedModel):
         x, lengths = rows
         values = x[torch.arange(x.shape[1], device=x.device) < lengths[:, None]]
         self.x_shift = values.mean(0)
-        bias = self.emission.layers[-1].bias
+        bias: Tensor = self.emission.layers[-1].bias  # type: ignore[assignment]
         with torch.no_grad():
             if self.likelihood == "bernoulli":
                 bias.copy_(torch.logit(self.x_shift.clamp(1e-3, 1 - 1e-3)))
