@@ -27,6 +27,7 @@ from fspace.inference.numerics import pick_device, seeded
 FORMAT = 1
 MODELS = {  # what a file may name: nothing else is ever made from one
     "GPPriorVAE": "fspace.inference.amortized.gp_prior",
+    "DRAW": "fspace.inference.amortized.draw",
     "VAE": "fspace.inference.amortized.vae",
     "VRNN": "fspace.inference.amortized.vrnn",
     "GPStateSpace": "fspace.inference.amortized.gp_state_space",
