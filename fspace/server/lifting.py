@@ -136,10 +136,9 @@ def figures(lifted: Lift) -> str:
     )
 
 
-def check_threshold(threshold: Any) -> None:
-    """Raises OptionError unless threshold is a number above 0 (infinite: none)."""
-    number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
-    if not number or not threshold > 0:
+def check_threshold(threshold: float) -> None:
+    """Raises OptionError unless threshold is above 0 (infinite: none)."""
+    if not threshold > 0:
         raise OptionError(f"threshold={threshold!r} must be a number of nats above 0 (math.inf: none).")
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -36,8 +36,6 @@ from fspace.server.wire import check_site
 POINTWISE = ("poe", "gpoe", "bcm", "rbcm")
 METHODS = ("sites", "lifted", *POINTWISE)
 LEAST = 1e-12  # of a variance relative to the prior's: what lies below is rounding
-
-Part: TypeAlias = GPPosterior | tuple[Basis, Site]
 
 
 class PointwisePosterior(FunctionPosterior):
@@ -120,7 +118,7 @@ def combined(
 
 
 def combine(
-    parts: Sequence[Part],
+    parts: Sequence[Any],
     method: str = "sites",
     target: Basis | None = None,
     threshold: float = THRESHOLD,
@@ -130,9 +128,9 @@ def combine(
     parts: (basis, site), in the units of the basis, or posteriors of one scaling. method: "sites" (one basis: the
     pooled posterior, exactly where noise is Gaussian), "lifted" (any bases: sites are moved to `target`; the ones
     whose `Lift.shortfall` is above `threshold` nats stay experts, combined with the posterior of all others by the
-    Bayesian committee machine, with a warning that says so), "poe", "gpoe", "bcm", "rbcm" (marginals of f alone; see
-    `PointwisePosterior`). target: the basis of the result; None: the first part's, for "lifted" with the inducing
-    inputs of all parts. Raises OptionError for parts that do not go together.
+    robust Bayesian committee machine, with a warning that says so), "poe", "gpoe", "bcm", "rbcm" (marginals of f
+    alone; see `PointwisePosterior`). target: the basis of the result; None: the first part's, for "lifted" with the
+    inducing inputs of all parts. Raises OptionError for parts that do not go together.
     """
     if method not in METHODS:
         raise OptionError(f"method={method!r} does not exist; choose one of {', '.join(METHODS)}.")
@@ -208,12 +206,13 @@ def _lifted(experts: Sequence[GPPosterior], target: Basis, threshold: float) -> 
     worst = max(left, key=lambda k: left[k].shortfall)
     warnings.warn(
         f"{len(left)} of {len(lifts)} sites fall more than threshold={threshold:g} nats short when lifted; they stay "
-        "experts, combined at every input by the Bayesian committee machine (no joint samples, no draws). The worst: "
-        f"part {worst} ({experts[worst].site.site_id!r}), {left[worst].shortfall:.3g} nats ({figures(left[worst])}).",
+        "experts, combined by the robust Bayesian committee machine (marginals alone: no joint samples, no draws). The "
+        f"worst: part {worst} ({experts[worst].site.site_id!r}), {left[worst].shortfall:.3g} nats "
+        f"({figures(left[worst])}).",
         stacklevel=3,
     )
-    stay = [experts[k] for k in left]
-    return PointwisePosterior([*pooled, *stay], "bcm", prior_of(target, scaling, vector), lifts)
+    together = [*pooled, *(experts[k] for k in left)]
+    return PointwisePosterior(together, "rbcm", prior_of(target, scaling, vector), lifts)
 
 
 def _union(experts: Sequence[GPPosterior]) -> Basis:
