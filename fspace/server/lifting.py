@@ -32,7 +32,9 @@ from fspace.server.core import Receipt, form_of
 from fspace.server.natural import divergence, factor_of
 from fspace.server.wire import check_site
 
-THRESHOLD = 10.0  # nats of `Lift.shortfall`; benchmarks/experts.py shows both sides of it
+THRESHOLD = (
+    1.0  # nats a row, where f stays open by twice the noise; benchmarks/experts.py shows both sides of it
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +57,13 @@ class Lift:
 
     @property
     def shortfall(self) -> float:
-        """unexplained + trace: what stays open of the rows' function values once inducing values are known, first the
-        site's own, then the target's.
+        """unexplained + trace, a row (nats): half the variance of f that stays open at a row once inducing values are
+        known, first the site's own, then the target's, over the noise.
 
         For Gaussian noise and one kernel the log evidence of the lifted site falls short of that of its rows by, on
-        average over y, between once and twice this. Source: Burt, Rasmussen and van der Wilk (2019), for one step.
+        average over y, between once and twice this a row. Source: Burt, Rasmussen and van der Wilk (2019), for one step.
         """
-        return self.trace + (self.unexplained or 0.0)
+        return (self.trace + (self.unexplained or 0.0)) / max(self.site.count, 1)
 
 
 @torch.no_grad()
@@ -108,7 +110,7 @@ def put_lifted(server: Any, site: Site, own: Basis, threshold: float = THRESHOLD
     """Put a worker's site, made on a basis of its own, on the server's (the open epoch's if there is one).
 
     server: a `PosteriorServer` or `RemoteServer`. own: a basis in the units of the server's. Raises SiteRefused,
-    reason `lossy`, where `Lift.shortfall` is above `threshold` nats; else as `lift` and the server's `put`.
+    reason `lossy`, where `Lift.shortfall` is above `threshold` nats a row; else as `lift` and the server's `put`.
     """
     check_threshold(threshold)
     basis, _ = server.basis()
@@ -120,7 +122,7 @@ def put_lifted(server: Any, site: Site, own: Basis, threshold: float = THRESHOLD
     if lifted.shortfall > threshold:
         raise SiteRefused(
             "lossy",
-            f"Site {site.site_id!r} falls {lifted.shortfall:.3g} nats short on basis {basis.id[:8]} "
+            f"Site {site.site_id!r} falls {lifted.shortfall:.3g} nats a row short on basis {basis.id[:8]} "
             f"({figures(lifted)}), above threshold={threshold:g}; make it on inducing inputs nearer the basis', or on "
             "the basis itself.",
         )
@@ -131,15 +133,15 @@ def figures(lifted: Lift) -> str:
     """What a lift cost, in words."""
     own = "not known" if lifted.unexplained is None else f"{lifted.unexplained:.3g}"
     return (
-        f"left open by its own inducing inputs: {own}, by the target's: {lifted.trace:.3g}; information lost: "
-        f"{lifted.lost:.3g} of {lifted.information:.3g}"
+        f"{lifted.site.count} rows; nats left open by its own inducing inputs: {own}, by the target's: "
+        f"{lifted.trace:.3g}; information lost: {lifted.lost:.3g} of {lifted.information:.3g}"
     )
 
 
 def check_threshold(threshold: float) -> None:
     """Raises OptionError unless threshold is above 0 (infinite: none)."""
     if not threshold > 0:
-        raise OptionError(f"threshold={threshold!r} must be a number of nats above 0 (math.inf: none).")
+        raise OptionError(f"threshold={threshold!r} must be a number of nats a row above 0 (math.inf: none).")
 
 
 def require_alike(one: Basis, other: Basis, whose: str) -> None:
