@@ -60,8 +60,8 @@ class Lift:
         """unexplained + trace, a row (nats): half the variance of f that stays open at a row once inducing values are
         known, first the site's own, then the target's, over the noise.
 
-        For Gaussian noise and one kernel the log evidence of the lifted site falls short of that of its rows by, on
-        average over y, between once and twice this a row. Source: Burt, Rasmussen and van der Wilk (2019), for one step.
+        For Gaussian noise and one kernel, on average over y, the log evidence of the lifted site falls short of that of
+        its rows by between once and twice this a row. Source: Burt, Rasmussen and van der Wilk (2019), for one step.
         """
         return (self.trace + (self.unexplained or 0.0)) / max(self.site.count, 1)
 
