@@ -184,13 +184,20 @@ def experts(result: dict[str, Any]) -> str:
             [own, *(_mean_of(row[key]) for key in ("shortfall", "lifted", "gpoe", "rbcm"))]
             for own, row in r["sweep"].items()
         ]
-        head = ["inducing inputs of each", "short, nats a row", "lifted, no fallback", "gpoe", "rbcm"]
+        head = [
+            "inducing inputs of each",
+            "short, nats",
+            "lifted, no fallback",
+            "gpoe",
+            "rbcm",
+        ]
         parts.append(
             "NLPD of the same contributors on fewer inducing inputs, random split:\n\n" + table(head, body)
         )
     parts.append(
         f"Means and standard errors over {len(result['seeds'])} seeds. Sites fall back above"
-        f" {result['threshold']:g} nats a row. The whole took {result['seconds']:.0f} s. {where(result['machine'])}"
+        f" {result['threshold']:g} nats an observation. The whole took {result['seconds']:.0f} s."
+        f" {where(result['machine'])}"
     )
     return "\n\n".join(parts)
 

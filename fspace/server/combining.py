@@ -127,7 +127,7 @@ def combine(
 
     parts: (basis, site), in the units of the basis, or posteriors of one scaling. method: "sites" (one basis: the
     pooled posterior, exactly where noise is Gaussian), "lifted" (any bases: sites are moved to `target`; the ones
-    whose `Lift.shortfall` is above `threshold` nats a row stay experts, combined with the posterior of all others by
+    whose `Lift.shortfall` is above `threshold` nats stay experts, combined with the posterior of all others by
     the robust Bayesian committee machine, with a warning that says so), "poe", "gpoe", "bcm", "rbcm" (marginals of f
     alone; see `PointwisePosterior`). target: the basis of the result; None: the first part's, for "lifted" with the
     inducing inputs of all parts. Raises OptionError for parts that do not go together.
@@ -205,13 +205,15 @@ def _lifted(experts: Sequence[GPPosterior], target: Basis, threshold: float) -> 
         return pooled[0]
     worst = max(left, key=lambda k: left[k].shortfall)
     warnings.warn(
-        f"{len(left)} of {len(lifts)} sites fall more than threshold={threshold:g} nats a row short when lifted; they "
-        "stay experts, combined by the robust Bayesian committee machine (marginals alone: no joint samples, no "
-        f"draws). The worst: part {worst} ({experts[worst].site.site_id!r}), {left[worst].shortfall:.3g} nats a row "
-        f"({figures(left[worst])}).",
+        f"{len(left)} of {len(lifts)} sites fall more than threshold={threshold:g} nats an observation short when "
+        "lifted; they stay experts, combined by the robust Bayesian committee machine (marginals alone: no joint "
+        f"samples, no draws). The worst: part {worst} ({experts[worst].site.site_id!r}), "
+        f"{left[worst].shortfall:.3g} nats ({figures(left[worst])}).",
         stacklevel=3,
     )
     together = [*pooled, *(experts[k] for k in left)]
+    if len(together) == 1:  # the committee machine of one expert is not that expert
+        return together[0]
     return PointwisePosterior(together, "rbcm", prior_of(target, scaling, vector), lifts)
 
 

@@ -32,9 +32,8 @@ from fspace.server.core import Receipt, form_of
 from fspace.server.natural import divergence, factor_of
 from fspace.server.wire import check_site
 
-THRESHOLD = (
-    1.0  # nats a row, where f stays open by twice the noise; benchmarks/experts.py shows both sides of it
-)
+# nats an observation, where f stays open by twice the noise; benchmarks/experts.py shows both sides of it
+THRESHOLD = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +43,8 @@ class Lift:
     information: 1/2 log|I + Lambda| of the site at its own inducing inputs, under the target's kernel. lost: how much
     of it the lifted site has no more. trace: what the target's inducing inputs leave open of what the site says; the
     log evidence falls by it, and it is at least `lost`. unexplained: what the site's own inducing inputs had left open
-    of its rows, 1/2 sum of (k_ii - q_ii) / noise; None where the site does not tell. kernel_gap: KL divergence of the
+    of its rows, 1/2 sum of (k_ii - q_ii) / noise; None where the site does not tell, and too much where its
+    rows have faded. kernel_gap: KL divergence of the
     site's posterior at its own inducing inputs under the target's kernel from that under its own; 0 for one kernel.
     """
 
@@ -57,13 +57,15 @@ class Lift:
 
     @property
     def shortfall(self) -> float:
-        """unexplained + trace, a row (nats): half the variance of f that stays open at a row once inducing values are
-        known, first the site's own, then the target's, over the noise.
+        """unexplained + trace for one observation (one output of one row): half the variance of f that stays open once
+        inducing values are known, first the site's own, then the target's, over the noise.
 
         For Gaussian noise and one kernel, on average over y, the log evidence of the lifted site falls short of that of
-        its rows by between once and twice this a row. Source: Burt, Rasmussen and van der Wilk (2019), for one step.
+        its rows by between once and twice this an observation. Source: Burt, Rasmussen and van der Wilk (2019), for
+        one step.
         """
-        return (self.trace + (self.unexplained or 0.0)) / max(self.site.count, 1)
+        observations = max(self.site.count, 1) * len(self.site.log_scale)
+        return (self.trace + (self.unexplained or 0.0)) / observations
 
 
 @torch.no_grad()
@@ -110,7 +112,7 @@ def put_lifted(server: Any, site: Site, own: Basis, threshold: float = THRESHOLD
     """Put a worker's site, made on a basis of its own, on the server's (the open epoch's if there is one).
 
     server: a `PosteriorServer` or `RemoteServer`. own: a basis in the units of the server's. Raises SiteRefused,
-    reason `lossy`, where `Lift.shortfall` is above `threshold` nats a row; else as `lift` and the server's `put`.
+    reason `lossy`, where `Lift.shortfall` is above `threshold` nats; else as `lift` and the server's `put`.
     """
     check_threshold(threshold)
     basis, _ = server.basis()
@@ -122,7 +124,7 @@ def put_lifted(server: Any, site: Site, own: Basis, threshold: float = THRESHOLD
     if lifted.shortfall > threshold:
         raise SiteRefused(
             "lossy",
-            f"Site {site.site_id!r} falls {lifted.shortfall:.3g} nats a row short on basis {basis.id[:8]} "
+            f"Site {site.site_id!r} falls {lifted.shortfall:.3g} nats an observation short on basis {basis.id[:8]} "
             f"({figures(lifted)}), above threshold={threshold:g}; make it on inducing inputs nearer the basis', or on "
             "the basis itself.",
         )
@@ -141,7 +143,7 @@ def figures(lifted: Lift) -> str:
 def check_threshold(threshold: float) -> None:
     """Raises OptionError unless threshold is above 0 (infinite: none)."""
     if not threshold > 0:
-        raise OptionError(f"threshold={threshold!r} must be a number of nats a row above 0 (math.inf: none).")
+        raise OptionError(f"threshold={threshold!r} must be a number of nats above 0 (math.inf: none).")
 
 
 def require_alike(one: Basis, other: Basis, whose: str) -> None:

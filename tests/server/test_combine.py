@@ -249,6 +249,9 @@ def test_what_own_inducing_inputs_left_open_is_read_off_the_site():
     assert lift(site, basis, basis).unexplained == pytest.approx(expected, rel=1e-9)
     linear = Basis(ScaleKernel(LinearKernel()).double().requires_grad_(False), x[:2], likelihood())
     assert lift(fit_site(linear, x, y[:, :1]), linear, linear).unexplained is None
+    assert lift(site, basis, basis).shortfall == pytest.approx(
+        expected / 240, rel=1e-9
+    )  # 120 rows of 2 outputs
     twice = replace(site, precision=40 * site.precision)  # more than its count of rows can have said
     assert lift(twice, basis, basis).unexplained is None
 
@@ -410,11 +413,11 @@ def test_sites_on_too_few_inducing_inputs_stay_experts():
     for seed in range(6):
         parts, x, y = toy(8, seed)
         with pytest.warns(
-            UserWarning, match=r"8 of 8 sites fall more than threshold=1 nats a row short"
+            UserWarning, match=r"8 of 8 sites fall more than threshold=1 nats an observation short"
         ) as told:
             found = combine(parts, "lifted")
         worst = max(each.shortfall for each in found.lifts)
-        assert f"{worst:.3g} nats a row" in str(told[0].message) and worst > 3
+        assert f"{worst:.3g} nats" in str(told[0].message) and worst > 3
         assert isinstance(found, PointwisePosterior) and len(found.experts) == 8
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -434,6 +437,14 @@ def test_sites_stay_experts_where_the_target_is_too_small():
     enough = combine(parts, "lifted")  # on the inducing inputs of all, nobody falls back
     assert isinstance(enough, GPPosterior)
     assert nlpd(enough, x, y) < nlpd(found, x, y) + 0.02
+
+
+def test_a_single_site_that_falls_short_stays_as_it_is():
+    (part, *_), x, _ = toy(8)
+    target = replace(part[0], inducing_inputs=x[:30])
+    with pytest.warns(UserWarning, match="1 of 1 sites"):
+        found = combine([part], "lifted", target)
+    assert_same_posterior(found, GPPosterior(*part, unit_scaling(part[0])), x)
 
 
 def test_only_the_sites_that_fall_short_stay_experts():
@@ -628,7 +639,7 @@ def test_a_worker_with_inducing_inputs_of_its_own(gaussian, front):
     before = server.total()
     few = replace(own, inducing_inputs=gaussian.x[100:103])
     lossy = replace(fit_site(few, gaussian.x, gaussian.y), site_id="w", version=1)
-    with pytest.raises(SiteRefused, match="nats a row short") as refused:
+    with pytest.raises(SiteRefused, match="nats an observation short") as refused:
         put_lifted(server, lossy, few)
     assert refused.value.reason == "lossy"
     assert torch.equal(server.total().precision, before.precision)
