@@ -51,21 +51,18 @@ class PointwisePosterior(FunctionPosterior):
         self, experts: Sequence[GPPosterior], method: str, prior: GPPosterior, lifts: Sequence[Lift] = ()
     ):
         self.experts, self.method, self.prior, self.lifts = list(experts), method, prior, list(lifts)
-        self._priors = [prior_of(expert.basis, expert.scaling, expert.vector) for expert in self.experts]
         self.num_outputs, self.num_inputs = prior.num_outputs, prior.num_inputs
 
     def latent(self, x: Any) -> Gaussian:
         """Predictive of f at x [..., n, d], without a covariance. Raises NumericalError where it is no Gaussian."""
-        prior = self.prior.latent(x)
-        level = prior.mean  # of no data, where all means are measured from
+        level = self.prior.scaling.y_shift  # of no data, where all means are measured from
+        level = level[0] if self.prior.vector else level
         at = [expert.latent(x) for expert in self.experts]
-        before = torch.stack([own.latent(x).variance for own in self._priors])
-        after = torch.stack([each.variance for each in at])
         means = torch.stack([each.mean for each in at]) - level
-        mean, variance = combined(
-            means, torch.maximum(after, LEAST * before), before, prior.variance, self.method
-        )
-        return Gaussian(level + mean, variance, outputs=prior.outputs or 0)
+        priors = torch.stack([_prior_variance(expert, x) for expert in self.experts])
+        variances = torch.maximum(torch.stack([each.variance for each in at]), LEAST * priors)
+        mean, variance = combined(means, variances, priors, _prior_variance(self.prior, x), self.method)
+        return Gaussian(level + mean, variance, outputs=at[0].outputs or 0)
 
     def observed(self, x: Any) -> Predictive:
         """Predictive of y at x [..., n, d]: f and the noise of the combination's basis; marginals alone."""
@@ -84,6 +81,13 @@ class PointwisePosterior(FunctionPosterior):
             f"A product of experts ({self.method}) knows every input by itself, so it has no functions to draw; use "
             "latent(x).mean and .variance, or combine the sites (method='sites' or 'lifted')."
         )
+
+
+def _prior_variance(posterior: GPPosterior, x: Any) -> Tensor:
+    """Of f before any data, y-shaped, in squared units of y."""
+    variance = posterior.basis.prior_variance(posterior.embedded(posterior.numbers(x, "x")))
+    scale = posterior.scaling.y_scale.square()
+    return variance * scale[0] if posterior.vector else variance[..., None] * scale
 
 
 def combined(
