@@ -233,6 +233,43 @@ def server_scale(result: dict[str, Any]) -> str:
     )
 
 
+def experts(result: dict[str, Any]) -> str:
+    """Every way to combine on each table and split, then what fewer inducing inputs cost."""
+    parts = []
+    for name, r in result["tables"].items():
+        parts.append(
+            f"### {name}: {r['rows']:,} rows, {r['columns']} columns, {result['experts']} contributors\n\n"
+            f"The server has {r['inducing']} inducing inputs; lifted sites come from {r['own_inducing']} of each"
+            f" contributor's own (sites that stay experts, by seed: random {r['random']['lifted']['stay_experts']},"
+            f" sorted {r['sorted']['lifted']['stay_experts']})."
+        )
+        body = [["exact regression", *(f"{_mean_of(r['exact'][key])}" for key in ("nlpd", "rmse") * 2)]]
+        for method in r["random"]:
+            scores = [r[split][method][key] for split in ("random", "sorted") for key in ("nlpd", "rmse")]
+            body.append([method, *(_mean_of(score) for score in scores)])
+        parts.append(table(["method", "NLPD random", "RMSE random", "NLPD sorted", "RMSE sorted"], body))
+        body = [
+            [own, *(_mean_of(row[key]) for key in ("shortfall", "lifted", "gpoe", "rbcm"))]
+            for own, row in r["sweep"].items()
+        ]
+        head = [
+            "inducing inputs of each",
+            "short, nats",
+            "lifted, no fallback",
+            "gpoe",
+            "rbcm",
+        ]
+        parts.append(
+            "NLPD of the same contributors on fewer inducing inputs, random split:\n\n" + table(head, body)
+        )
+    parts.append(
+        f"Means and standard errors over {len(result['seeds'])} seeds. Sites fall back above"
+        f" {result['threshold']:g} nats an observation. The whole took {result['seconds']:.0f} s."
+        f" {where(result['machine'])}"
+    )
+    return "\n\n".join(parts)
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "uci": uci,
     "speed": speed,
@@ -241,6 +278,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "streaming": streaming,
     "server": server,
     "server_scale": server_scale,
+    "experts": experts,
 }
 
 
@@ -276,6 +314,13 @@ def _ours(figure: dict[str, Any] | None, measure: str, column: str) -> str:
     text = f"{figure['mean']:.{places}f}"
     text = text if figure["verdict"] == "behind" else f"**{text}**"
     return f"{text} ± {figure['standard_error']:.2g}"
+
+
+def _mean_of(values: list[float]) -> str:
+    """Mean and standard error over seeds."""
+    mean = sum(values) / len(values)
+    squares = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return f"{mean:.4f} ± {(squares / len(values)) ** 0.5:.4f}"
 
 
 def _cells(tables: dict[str, Any], measure: str, style: str) -> list[str]:

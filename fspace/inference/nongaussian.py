@@ -40,7 +40,11 @@ class LikelihoodPosterior(GPPosterior):
 
     def observed(self, x: Any) -> Predictive:  # type: ignore[override]
         """Predictive of y at x [n, d]."""
-        latent, inner = self.latent(x), self.likelihood.inner
+        return self.given(self.latent(x))
+
+    def given(self, latent: Gaussian) -> Predictive:
+        """Predictive of y where f has this one."""
+        inner = self.likelihood.inner
         if self._of_classes:
             return self._classes(latent)
         shift, scale = self._units()

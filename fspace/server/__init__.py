@@ -22,6 +22,11 @@ _WHERE = {
     "Tokens": "fspace.server.tokens",
     "Limits": "fspace.server.tokens",
     "create_app": "fspace.server.http",
+    "combine": "fspace.server.combining",
+    "PointwisePosterior": "fspace.server.combining",
+    "Lift": "fspace.server.lifting",
+    "lift": "fspace.server.lifting",
+    "put_lifted": "fspace.server.lifting",
 }
 __all__ = sorted(_WHERE)
 
