@@ -37,6 +37,15 @@ class ServerError(FspaceError, RuntimeError):
     """The posterior server, its store or the way to it is not in order."""
 
 
+class LearningStopped(ServerError):
+    """Learning of a basis came to an end before it was done. `basis` is the best so far, to go on from, and `bounds`
+    the bounds (nats) until then."""
+
+    def __init__(self, message: str, basis: Any, bounds: list[float]):
+        super().__init__(message)
+        self.basis, self.bounds = basis, bounds
+
+
 class SiteRefused(FspaceError, ValueError):
     """A site that the posterior server does not take; nothing has changed there. `reason` is one word for programs."""
 

@@ -117,9 +117,7 @@ def fit(
     Raises OptionError; ServerError where no worker could do its part (one that fails leaves its last site, and its
     words in `failures`).
     """
-    named = dict(shards) if isinstance(shards, Mapping) else {f"shard {k}": s for k, s in enumerate(shards)}
-    if not named:
-        raise OptionError("There is no shard to fit.")
+    named = named_shards(shards)
     if rounds < 1 or not tolerance > 0:
         raise OptionError(f"rounds={rounds!r} must be at least 1 and tolerance={tolerance!r} above 0.")
     server = PosteriorServer() if server is None else server
@@ -129,9 +127,17 @@ def fit(
     runs = start(engine, {name: Worker(name, shard, basis, scaling, how) for name, shard in named.items()})
     try:
         most = 1 if isinstance(basis.likelihood, GaussianLikelihood) else rounds
-        return _asynchronous(runs, server, basis, list(named), most, tolerance)
+        return put_sites(runs, server, basis, list(named), most, tolerance)
     finally:
         runs.stop()
+
+
+def named_shards(shards: Sequence[Shard] | Mapping[str, Shard]) -> dict[str, Shard]:
+    """Shards by name, those of a sequence by their number. Raises OptionError where there is none."""
+    named = dict(shards) if isinstance(shards, Mapping) else {f"shard {k}": s for k, s in enumerate(shards)}
+    if not named:
+        raise OptionError("There is no shard to fit.")
+    return named
 
 
 def start(engine: str | Engine, workers: Mapping[str, Worker]) -> Engine:
@@ -149,9 +155,17 @@ def start(engine: str | Engine, workers: Mapping[str, Worker]) -> Engine:
     return engine
 
 
-def _asynchronous(
-    engine: Engine, server: PosteriorServer, basis: Basis, names: list[str], most: int, tolerance: float
+def put_sites(
+    engine: Engine,
+    server: PosteriorServer,
+    basis: Basis,
+    names: list[str],
+    most: int,
+    tolerance: float,
+    sent: Basis | None = None,
 ) -> ServerFit:
+    """Let started workers make their sites on a registered basis, as `fit` says; sent: that basis, where it is not the
+    one that they hold."""
     found = ServerFit(server, dict.fromkeys(names, 0))
     incarnations = {name: server.join(name) for name in names}
     settled: set[str] = set()
@@ -161,7 +175,7 @@ def _asynchronous(
         own = server.get(name, basis.id) or form_of(basis).empty(basis.id, name)
         if own.incarnation != incarnations[name]:
             own = replace(own, incarnation=incarnations[name], version=-1)  # the next is version 0
-        engine.submit(name, "step", own, server.cavity(name, basis.id))
+        engine.submit(name, "step", own, server.cavity(name, basis.id), sent)
         pending.add(name)
 
     for name in names:
