@@ -1,6 +1,6 @@
-"""The basis learned from the rows of many workers, none of which sees another's: kernel, network, inducing inputs, noise.
+"""Kernel, network, inducing inputs and noise learned from the rows of many workers, none of which sees another's.
 
-The collapsed bound of all rows depends on them through sums (`collapsed.Statistics`) alone. So an evaluation is two
+The collapsed bound of all rows depends on the rows through sums (`collapsed.Statistics`) alone. So an evaluation is two
 messages to every worker: parameters, for the sums over its shard; and the bound's gradient in the sums, for its part of
 the gradient in inducing inputs and parameters of the kernel. What goes through K_uu and the noise is added here. The
 whole is the bound and the gradient of the pooled rows, up to rounding. A message holds O(m^2) numbers and the
@@ -41,8 +41,8 @@ SPECTRAL = 20  # power iterations an evaluation; they go on from those of the la
 @dataclass
 class Learned:
     """What `learn_basis` found. bounds: the collapsed bound of all rows (nats) at every evaluation, in order
-    (L-BFGS may take several a step); that of `basis` is the largest. message_bytes: of one message of each kind, tensors alone.
-    interrupted: by Ctrl-C, and then the basis is not on the server."""
+    (L-BFGS may take several a step); that of `basis` is the largest. message_bytes: of one message of each kind, its
+    tensors alone. interrupted: by Ctrl-C, and then the basis is not on the server."""
 
     basis: Basis
     scaling: Scaling
@@ -113,7 +113,7 @@ def learn_basis(
         engine, {name: Worker(name, shard, basis, scaling, Update()) for name, shard in named.items()}
     )
     try:
-        pooled = _Pooled(runs, sorted(named), basis)
+        pooled = PooledBound(runs, sorted(named), basis)
         try:
             done = pooled.maximise(steps, optimiser)
         except ServerError as error:
@@ -175,13 +175,14 @@ def _require_all_rows(
         )
 
 
-class _Pooled:
+class PooledBound:
     """The collapsed bound of the rows of all workers, at parameters that move."""
 
     def __init__(self, runs: Engine, names: list[str], basis: Basis):
         self.runs, self.names = runs, names  # sums are taken in the order of the names, whoever answers first
         self.kernel = copy.deepcopy(basis.kernel).eval().requires_grad_(True)
-        self.likelihood = copy.deepcopy(basis.likelihood).requires_grad_(True)
+        assert isinstance(basis.likelihood, GaussianLikelihood)
+        self.likelihood: GaussianLikelihood = copy.deepcopy(basis.likelihood).requires_grad_(True)
         self.inducing = basis.inducing_inputs.detach().clone().requires_grad_()
         self.bounds: list[float] = []
         self.message_bytes: dict[str, int] = {}

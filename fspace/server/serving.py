@@ -203,7 +203,7 @@ def table_rows(
 
 def work(address: Address, data: str, site_id: str, rounds: int, say: Say) -> Site:
     """Make the site of a table and put it: once for Gaussian noise, else in rounds against what the others say, until
-    it settles. On the basis of the open epoch, if there is one; where an epoch opens or ends meanwhile, anew on that."""
+    it settles. On the basis of the open epoch, if there is one; where an epoch opens or ends meanwhile, anew."""
     if rounds < 1:
         raise OptionError(f"--rounds {rounds} must be at least 1.")
     with address.connect() as server:
