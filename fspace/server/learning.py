@@ -4,7 +4,8 @@ The collapsed bound of all rows depends on the rows through sums (`collapsed.Sta
 messages to every worker: parameters, for the sums over its shard; and the bound's gradient in the sums, for its part of
 the gradient in inducing inputs and parameters of the kernel. What goes through K_uu and the noise is added here. The
 whole is the bound and the gradient of the pooled rows, up to rounding. A message holds O(m^2) numbers and the
-parameters, whatever the rows.
+parameters, whatever the rows. The factor of K_uu travels with the parameters, so that sums are whitened where they are
+made: whitened here, they would lose as many digits as K_uu's condition number has, and more with more rows.
 Source: Titsias (2009), eq. 9; split over machines as in Gal et al. (2014).
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -21,10 +22,11 @@ from gpytorch.likelihoods import GaussianLikelihood
 from jaxtyping import Float
 from torch import Tensor
 
-from fspace.errors import LearningStopped, NumericalError, OptionError, ServerError
-from fspace.inference.basis import Basis
-from fspace.inference.collapsed import Statistics, bound_from
+from fspace.errors import FspaceError, LearningStopped, NumericalError, OptionError, ServerError
+from fspace.inference.basis import FIRST_JITTER, Basis
+from fspace.inference.collapsed import Statistics, bound_of_whitened
 from fspace.inference.gp import Scaling
+from fspace.inference.numerics import cholesky, solve_lower
 from fspace.inference.optimise import lbfgs
 from fspace.kernels.deep import DeepKernel, embedded_kernel
 from fspace.kernels.evaluate import covariance
@@ -124,18 +126,26 @@ def learn_basis(
             ) from error  # fmt: skip
         found = Learned(pooled.basis(), scaling, server, pooled.bounds, pooled.message_bytes, not done)
         if done:
-            server.register_basis(found.basis, scaling)
-            failures = put_sites(runs, server, found.basis, pooled.names, 1, 1.0, found.basis).failures
-            if failures:
-                words = " ".join(f"{name!r}: {said}" for name, said in failures.items())
-                raise LearningStopped(
-                    f"The basis is learned and registered, but some workers have put no site on it. {words} `fit` with "
-                    "this error's `basis` and the same server puts what is missing.",
-                    found.basis, found.bounds,
-                )  # fmt: skip
+            _open_epoch(runs, pooled.names, found)
         return found
     finally:
         runs.stop()
+
+
+def _open_epoch(runs: Engine, names: list[str], found: Learned) -> None:
+    """Register the learned basis and put the workers' sites on it. Raises LearningStopped where that is not done."""
+    try:
+        found.server.register_basis(found.basis, found.scaling)
+        failures = put_sites(runs, found.server, found.basis, names, 1, 1.0, found.basis).failures
+        trouble = " ".join(f"{name!r}: {said}" for name, said in failures.items())
+    except FspaceError as error:
+        trouble = str(error)
+    if trouble:
+        raise LearningStopped(
+            f"The basis is learned, but some sites are not on it, and what served before goes on. {trouble} `fit` with "
+            "this error's `basis` and the same server puts them.",
+            found.basis, found.bounds,
+        )  # fmt: skip
 
 
 def _require_constant_gaussian_noise(basis: Basis) -> None:
@@ -209,14 +219,16 @@ class PooledBound:
         for part in self.kernel.modules():  # so that the norm holds, and depends on the weights alone
             if isinstance(part, SoftSpectralLinear):
                 part.power_iteration(SPECTRAL)
-        sent = [t.detach() for t in (self.inducing, *state_of(self.kernel))]
+        kuu = covariance(embedded_kernel(self.kernel), self.inducing)
+        factor, _ = cholesky(kuu, "kernel matrix of the inducing inputs", FIRST_JITTER)
+        sent = [t.detach() for t in (factor, self.inducing, *state_of(self.kernel))]
         first, *rest = self._ask("statistics", sent)
         whole: Statistics = sum(rest, first)
         values = whole.count * whole.cross.shape[1]
         leaves = [t.requires_grad_() for t in (whole.outer, whole.cross, whole.trace)]
-        kuu = covariance(embedded_kernel(self.kernel), self.inducing)
-        sums = Statistics(leaves[0], leaves[1], whole.squares, leaves[2], whole.count)
-        bound = bound_from(sums, kuu, self.likelihood.noise[..., 0])
+        moving = solve_lower(factor, factor.detach())  # the identity, whose derivative is that of L^-1
+        sums = replace(whole, outer=moving @ leaves[0] @ moving.mT, cross=moving @ leaves[1], trace=leaves[2])
+        bound = bound_of_whitened(sums, self.likelihood.noise[..., 0])
         loss = -bound / values
         loss.backward()
         for part in self._ask("gradient", [*(leaf.grad for leaf in leaves), *sent]):

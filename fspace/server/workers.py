@@ -7,7 +7,7 @@ So a worker that dies and starts again goes on where its site is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,9 +20,12 @@ from torch import Tensor
 
 from fspace.errors import DataError
 from fspace.inference.basis import Basis, Site
-from fspace.inference.collapsed import CHUNK, Statistics, chunks, gather, statistics
+from fspace.inference.collapsed import CHUNK, Statistics, chunks
 from fspace.inference.gp import Scaling
 from fspace.inference.likelihoods import OffsetLikelihood
+from fspace.inference.numerics import solve_lower
+from fspace.kernels.deep import embed, embedded_kernel
+from fspace.kernels.evaluate import covariance, diagonal
 from fspace.server.local_updates import Update, new_site
 
 Rows: TypeAlias = tuple[
@@ -83,29 +86,43 @@ class Worker:
         x, y = self.rows
         return new_site(self.basis if basis is None else basis, x, y, own, cavity, self.how)
 
-    def statistics(self, inducing: Float[Tensor, "m p"], *state: Tensor) -> Statistics:
-        """The additive statistics of the shard at these inducing inputs and this state of the kernel (`state_of`):
-        O(m^2) numbers, whatever the rows."""
-        return gather(self._kernel_at(state), inducing, *self.rows, CHUNK)
+    @torch.no_grad()
+    def statistics(
+        self, factor: Float[Tensor, "m m"], inducing: Float[Tensor, "m p"], *state: Tensor
+    ) -> Statistics:
+        """The additive statistics of the shard, whitened by the factor of K_uu, at these inducing inputs and this state
+        of the kernel (`state_of`): O(m^2) numbers, whatever the rows."""
+        blocks = self._blocks(factor, inducing, self._kernel_at(state))
+        total = next(blocks)
+        for block in blocks:
+            total = total + block
+        return total
 
     def gradient(
         self,
         outer: Float[Tensor, "m m"],
         cross: Float[Tensor, "m t"],
         trace: Float[Tensor, ""],
+        factor: Float[Tensor, "m m"],
         inducing: Float[Tensor, "m p"],
         *state: Tensor,
     ) -> list[Tensor]:
-        """The shard's part of the bound's gradient in inducing inputs and parameters of the kernel, from the gradient
-        in the statistics."""
+        """The shard's part of the bound's gradient in inducing inputs and parameters of the kernel at a fixed factor of
+        K_uu, from the gradient in the statistics."""
         kernel, inducing = self._kernel_at(state), inducing.clone().requires_grad_()
         leaves = [inducing, *kernel.parameters()]
         for leaf in leaves:
             leaf.grad = None
-        for x, y in chunks(*self.rows, CHUNK):
-            block = statistics(kernel, inducing, x, y)
+        for block in self._blocks(factor, inducing, kernel):
             ((outer * block.outer).sum() + (cross * block.cross).sum() + trace * block.trace).backward()
         return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+
+    def _blocks(self, factor: Tensor, inducing: Tensor, kernel: Kernel) -> Iterator[Statistics]:
+        inner = embedded_kernel(kernel)
+        for x, y in chunks(*self.rows, CHUNK):
+            z = embed(kernel, x)
+            v = solve_lower(factor, covariance(inner, inducing, z))
+            yield Statistics(v @ v.mT, v @ y, y.square().sum(0), diagonal(inner, z).sum(), len(y))
 
     def _kernel_at(self, state: Sequence[Tensor]) -> Kernel:
         """The worker's own copy of the kernel, which learns, in this state."""
