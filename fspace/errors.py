@@ -38,12 +38,11 @@ class ServerError(FspaceError, RuntimeError):
 
 
 class LearningStopped(ServerError):
-    """Learning of a basis came to an end before it was done. `basis` is the best so far, to go on from, and `bounds`
-    the bounds (nats) until then."""
+    """Learning of a basis came to an end before it was done. `learned` is what there is, to go on from."""
 
-    def __init__(self, message: str, basis: Any, bounds: list[float]):
+    def __init__(self, message: str, learned: Any):
         super().__init__(message)
-        self.basis, self.bounds = basis, bounds
+        self.learned = learned
 
 
 class SiteRefused(FspaceError, ValueError):

@@ -110,7 +110,8 @@ def fit(
     """One posterior from the rows of many workers, none of which sees another's rows.
 
     shards: by name, or in order (then named "shard 0", ...): (x, y), a `TableShard`, or a function that returns (x, y)
-    where the worker runs. engine: "local" (threads), "ray", or an engine. server: where sites are kept (None: in
+    where the worker runs. engine: "local" (threads), "ray", or an engine. scaling: as in `register_basis`; None takes
+    the one that a server knows for the basis. server: where sites are kept (None: in
     memory); a worker whose site is there already goes on from it. Gaussian observations take one round. Otherwise
     nobody waits for anybody: each worker steps against the newest cavity until no step moves the posterior by
     `tolerance` nats, at most `rounds` times.
@@ -121,8 +122,10 @@ def fit(
     if rounds < 1 or not tolerance > 0:
         raise OptionError(f"rounds={rounds!r} must be at least 1 and tolerance={tolerance!r} above 0.")
     server = PosteriorServer() if server is None else server
+    if scaling is None:
+        scaling = server.basis(basis.id)[1] if basis.id in server.forms() else unit_scaling(basis)
+        assert scaling is not None
     server.register_basis(basis, scaling)
-    scaling = unit_scaling(basis) if scaling is None else scaling
     how = Update() if update is None else update
     runs = start(engine, {name: Worker(name, shard, basis, scaling, how) for name, shard in named.items()})
     try:

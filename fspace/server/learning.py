@@ -44,7 +44,7 @@ SPECTRAL = 20  # power iterations an evaluation; they go on from those of the la
 class Learned:
     """What `learn_basis` found. bounds: the collapsed bound of all rows (nats) at every evaluation, in order
     (L-BFGS may take several a step); that of `basis` is the largest. message_bytes: of one message of each kind, its
-    tensors alone. interrupted: by Ctrl-C, and then the basis is not on the server."""
+    tensors alone. interrupted: before its end (by Ctrl-C, an error), and then the basis is not on the server."""
 
     basis: Basis
     scaling: Scaling
@@ -86,11 +86,11 @@ def learn_basis(
     all sites on the new basis.
 
     shards, engine: as in `fit`. basis: where learning starts; statistics that a network keeps of its features stay as
-    they are there. server: where the new basis opens an epoch (None: one in memory); what serves goes on serving until
-    every contributor has a site on the new basis. scaling: None takes the server's for a basis that it knows. steps: of
-    the optimiser (None: L-BFGS, for a deep kernel Adam); a result's or an error's basis is where to go on. without:
-    names of contributors whose rows may be missing; where they have a site, the epoch waits for theirs, or for
-    `server.remove`.
+    they are there. scaling: None takes that of the server's basis, if it has one. server: where the new basis opens an
+    epoch (None: one in memory); what serves goes on serving until every contributor has a site on the new basis. steps:
+    of the optimiser (None: L-BFGS, for a deep kernel Adam); a result's basis, or that of an error's `learned`, is where
+    to go on. without: names of contributors whose rows may be missing; where they have a site, the epoch waits for
+    theirs, or for `server.remove`.
     A network learned by the bound of few rows overfits (Ober et al. 2021): score it on rows of none of the shards.
     Learning is not done over HTTP: its workers put their sites on a learned basis (`RemoteServer.register_basis`
     opens the epoch there), but the rows behind them do not shape it.
@@ -108,24 +108,24 @@ def learn_basis(
     _require_constant_gaussian_noise(basis)
     server = PosteriorServer() if server is None else server
     _require_all_rows(server, named, shards, without)
-    if scaling is None:
-        scaling = server.basis(basis.id)[1] if basis.id in server.forms() else unit_scaling(basis)
-        assert scaling is not None
+    scaling = scaling if scaling is not None else _scaling_of(server) or unit_scaling(basis)
     runs = start(
         engine, {name: Worker(name, shard, basis, scaling, Update()) for name, shard in named.items()}
     )
     try:
         pooled = PooledBound(runs, sorted(named), basis)
+        found = Learned(basis, scaling, server, pooled.bounds, pooled.message_bytes, True)
         try:
-            done = pooled.maximise(steps, optimiser)
+            found.interrupted = not pooled.maximise(steps, optimiser)
         except ServerError as error:
             raise LearningStopped(
-                f"{error} Nothing has changed on the server. Go on from this error's `basis` once the worker is back, "
-                "or name it in without= to learn without its rows.",
-                pooled.basis(), pooled.bounds,
-            ) from error  # fmt: skip
-        found = Learned(pooled.basis(), scaling, server, pooled.bounds, pooled.message_bytes, not done)
-        if done:
+                f"{error} Nothing has changed on the server. Go on from the basis of this error's `learned` once the "
+                "worker is back, or name it in without= to learn without its rows.",
+                found,
+            ) from error
+        finally:
+            found.basis = pooled.basis()
+        if not found.interrupted:
             _open_epoch(runs, pooled.names, found)
         return found
     finally:
@@ -143,9 +143,14 @@ def _open_epoch(runs: Engine, names: list[str], found: Learned) -> None:
     if trouble:
         raise LearningStopped(
             f"The basis is learned, but some sites are not on it, and what served before goes on. {trouble} `fit` with "
-            "this error's `basis` and the same server puts them.",
-            found.basis, found.bounds,
-        )  # fmt: skip
+            "basis, scaling and server of this error's `learned` puts them.",
+            found,
+        )
+
+
+def _scaling_of(server: PosteriorServer) -> Scaling | None:
+    """The scaling of what serves, if anything does."""
+    return server.basis()[1] if server.forms() else None
 
 
 def _require_constant_gaussian_noise(basis: Basis) -> None:

@@ -316,6 +316,10 @@ def test_units_of_the_data_are_those_of_the_server(gaussian):
     server = fit(shards, gaussian.basis, scaling=scaling).server
     found = learn_basis(shards, gaussian.basis, server=server, steps=3)
     assert found.scaling is scaling and server.basis()[1] is scaling
+    assert_same_total(server, found.basis, gaussian.x, gaussian.y)
+    fit(shards, found.basis, server=server)
+    assert_same_total(server, found.basis, gaussian.x, gaussian.y)
+    assert learn_basis(shards, found.basis, server=server, steps=1).bounds[0] > found.bounds[-2]
     alone = learn_basis(thirds(gaussian), gaussian.basis, steps=3)
     assert_same_losses(found.bounds, alone.bounds, gaussian)
 
@@ -346,7 +350,7 @@ def test_a_worker_that_is_gone_is_named_and_learning_goes_on_from_there(gaussian
     engine = Failing("b", 21, ServerError("The actor of 'b' died"))
     with pytest.raises(LearningStopped, match="'b'.*died.*without=") as stopped:
         learn_basis(thirds(gaussian), gaussian.basis, engine, server=server)
-    reached = stopped.value
+    reached = stopped.value.learned
     assert len(reached.bounds) == 10 and [b["state"] for b in server.status()["bases"]] == ["serving"]
     assert server.total().basis_id == gaussian.basis.id
     assert pooled(reached.basis, gaussian.x, gaussian.y)[0] == pytest.approx(max(reached.bounds), abs=1e-6)
@@ -362,9 +366,9 @@ def test_a_worker_that_is_gone_after_learning(gaussian):
     engine = Failing("b", 2 * len(counted.bounds), OSError("no disk"))
     with pytest.raises(LearningStopped, match="'b'.*no disk") as stopped:
         learn_basis(thirds(gaussian), gaussian.basis, engine, server=server, steps=5)
-    assert stopped.value.basis.id == counted.basis.id
+    assert stopped.value.learned.basis.id == counted.basis.id
     assert server.total().basis_id == gaussian.basis.id and server.total().count == 400
-    fit(thirds(gaussian), stopped.value.basis, server=server)
+    fit(thirds(gaussian), stopped.value.learned.basis, server=server)
     assert_same_total(server, counted.basis, gaussian.x, gaussian.y)
 
 
@@ -380,8 +384,8 @@ def test_an_epoch_that_somebody_opens_meanwhile_does_not_lose_what_is_learned(ga
     with pytest.raises(LearningStopped, match="is learned.*not complete") as stopped:
         learn_basis(thirds(gaussian), gaussian.basis, Meanwhile(), server=server, steps=2)
     server.abandon_epoch()
-    fit(thirds(gaussian), stopped.value.basis, server=server)
-    assert_same_total(server, stopped.value.basis, gaussian.x, gaussian.y)
+    fit(thirds(gaussian), stopped.value.learned.basis, server=server)
+    assert_same_total(server, stopped.value.learned.basis, gaussian.x, gaussian.y)
 
 
 def test_rows_are_not_left_out_unless_it_is_said(gaussian):
@@ -453,7 +457,7 @@ def test_bad_rows_are_named_and_change_nothing(gaussian, what, words):
         x = x[:, :1]
     with pytest.raises(LearningStopped, match=f"'b'.*{words}") as stopped:
         learn_basis(shards | {"b": (x, y)}, gaussian.basis, server=server)
-    assert stopped.value.bounds == [] and stopped.value.basis.id == gaussian.basis.id
+    assert stopped.value.learned.bounds == [] and stopped.value.learned.basis.id == gaussian.basis.id
     assert [basis["basis_id"] for basis in server.status()["bases"]] == [gaussian.basis.id]
 
 
@@ -508,7 +512,7 @@ def test_ray_learns_the_same_through_the_death_of_a_worker(gaussian):
 def test_ray_names_a_worker_that_is_gone_for_good(gaussian):
     with pytest.raises(LearningStopped, match="actor of 'b' died more than 0 times") as stopped:
         learn_basis(thirds(gaussian), gaussian.basis, killing_ray("b", 4, 0))
-    assert len(stopped.value.bounds) == 3
+    assert len(stopped.value.learned.bounds) == 3
 
 
 # -- HTTP ----------------------------------------------------------------------------------------------------------
