@@ -111,10 +111,9 @@ def fit(
 
     shards: by name, or in order (then named "shard 0", ...): (x, y), a `TableShard`, or a function that returns (x, y)
     where the worker runs. engine: "local" (threads), "ray", or an engine. scaling: as in `register_basis`; None takes
-    the one that a server knows for the basis. server: where sites are kept (None: in
-    memory); a worker whose site is there already goes on from it. Gaussian observations take one round. Otherwise
-    nobody waits for anybody: each worker steps against the newest cavity until no step moves the posterior by
-    `tolerance` nats, at most `rounds` times.
+    the one that a server knows for the basis. server: where sites are kept (None: in memory); a worker whose site is
+    there already goes on from it. Gaussian observations take one round. Otherwise nobody waits for anybody: each worker
+    steps against the newest cavity until no step moves the posterior by `tolerance` nats, at most `rounds` times.
     Raises OptionError; ServerError where no worker could do its part (one that fails leaves its last site, and its
     words in `failures`).
     """
