@@ -17,6 +17,8 @@ _WHERE = {
     "ServerFit": "fspace.server.engines",
     "TableShard": "fspace.server.workers",
     "fit": "fspace.server.engines",
+    "Learned": "fspace.server.learning",
+    "learn_basis": "fspace.server.learning",
     "Update": "fspace.server.local_updates",
     "RemoteServer": "fspace.server.client",
     "Tokens": "fspace.server.tokens",

@@ -110,28 +110,36 @@ def fit(
     """One posterior from the rows of many workers, none of which sees another's rows.
 
     shards: by name, or in order (then named "shard 0", ...): (x, y), a `TableShard`, or a function that returns (x, y)
-    where the worker runs. engine: "local" (threads), "ray", or an engine. server: where sites are kept (None: in
-    memory); a worker whose site is there already goes on from it. Gaussian observations take one round. Otherwise
-    nobody waits for anybody: each worker steps against the newest cavity until no step moves the posterior by
-    `tolerance` nats, at most `rounds` times.
+    where the worker runs. engine: "local" (threads), "ray", or an engine. scaling: as in `register_basis`; None takes
+    the one that a server knows for the basis. server: where sites are kept (None: in memory); a worker whose site is
+    there already goes on from it. Gaussian observations take one round. Otherwise nobody waits for anybody: each worker
+    steps against the newest cavity until no step moves the posterior by `tolerance` nats, at most `rounds` times.
     Raises OptionError; ServerError where no worker could do its part (one that fails leaves its last site, and its
     words in `failures`).
     """
-    named = dict(shards) if isinstance(shards, Mapping) else {f"shard {k}": s for k, s in enumerate(shards)}
-    if not named:
-        raise OptionError("There is no shard to fit.")
+    named = named_shards(shards)
     if rounds < 1 or not tolerance > 0:
         raise OptionError(f"rounds={rounds!r} must be at least 1 and tolerance={tolerance!r} above 0.")
     server = PosteriorServer() if server is None else server
+    if scaling is None:
+        scaling = server.basis(basis.id)[1] if basis.id in server.forms() else unit_scaling(basis)
+        assert scaling is not None
     server.register_basis(basis, scaling)
-    scaling = unit_scaling(basis) if scaling is None else scaling
     how = Update() if update is None else update
     runs = start(engine, {name: Worker(name, shard, basis, scaling, how) for name, shard in named.items()})
     try:
         most = 1 if isinstance(basis.likelihood, GaussianLikelihood) else rounds
-        return _asynchronous(runs, server, basis, list(named), most, tolerance)
+        return put_sites(runs, server, basis, list(named), most, tolerance)
     finally:
         runs.stop()
+
+
+def named_shards(shards: Sequence[Shard] | Mapping[str, Shard]) -> dict[str, Shard]:
+    """Shards by name, those of a sequence by their number. Raises OptionError where there is none."""
+    named = dict(shards) if isinstance(shards, Mapping) else {f"shard {k}": s for k, s in enumerate(shards)}
+    if not named:
+        raise OptionError("There is no shard to fit.")
+    return named
 
 
 def start(engine: str | Engine, workers: Mapping[str, Worker]) -> Engine:
@@ -149,9 +157,17 @@ def start(engine: str | Engine, workers: Mapping[str, Worker]) -> Engine:
     return engine
 
 
-def _asynchronous(
-    engine: Engine, server: PosteriorServer, basis: Basis, names: list[str], most: int, tolerance: float
+def put_sites(
+    engine: Engine,
+    server: PosteriorServer,
+    basis: Basis,
+    names: list[str],
+    most: int,
+    tolerance: float,
+    sent: Basis | None = None,
 ) -> ServerFit:
+    """Let started workers make their sites on a registered basis, as `fit` says; sent: that basis, where it is not the
+    one that they hold."""
     found = ServerFit(server, dict.fromkeys(names, 0))
     incarnations = {name: server.join(name) for name in names}
     settled: set[str] = set()
@@ -161,7 +177,7 @@ def _asynchronous(
         own = server.get(name, basis.id) or form_of(basis).empty(basis.id, name)
         if own.incarnation != incarnations[name]:
             own = replace(own, incarnation=incarnations[name], version=-1)  # the next is version 0
-        engine.submit(name, "step", own, server.cavity(name, basis.id))
+        engine.submit(name, "step", own, server.cavity(name, basis.id), sent)
         pending.add(name)
 
     for name in names:

@@ -17,7 +17,7 @@ from gpytorch.likelihoods import GaussianLikelihood
 from jaxtyping import Float
 from torch import Tensor
 
-from fspace.errors import DataError, ModelFileError, OptionError, ServerError
+from fspace.errors import DataError, ModelFileError, OptionError, ServerError, SiteRefused
 from fspace.estimators import GPClassifier
 from fspace.inference.basis import Basis, Site
 from fspace.inference.gp import GPPosterior, Scaling
@@ -30,6 +30,7 @@ from fspace.server.core import PosteriorServer, form_of
 from fspace.server.http import MODEL, create_app
 from fspace.server.local_updates import Update, new_site
 from fspace.server.tokens import Limits, Tokens
+from fspace.server.weights import WeightBasis
 from fspace.targets import check_labels, check_support
 
 Say = Callable[[str], Any]
@@ -204,14 +205,31 @@ def table_rows(
 
 def work(address: Address, data: str, site_id: str, rounds: int, say: Say) -> Site:
     """Make the site of a table and put it: once for Gaussian noise, else in rounds against what the others say, until
-    it settles."""
+    it settles. On the basis of the open epoch, if there is one; where an epoch opens or ends meanwhile, anew."""
     if rounds < 1:
         raise OptionError(f"--rounds {rounds} must be at least 1.")
     with address.connect() as server:
-        basis, scaling = server.basis()
-        if not isinstance(basis, Basis) or scaling is None:
-            raise ServerError("The server's basis is of weights; a table has a site on a basis of functions.")
-        x, y = table_rows(model_of(server), basis, scaling, data)
+        made = None
+        while made is None:
+            made = _work_on(server, *server.basis(), data, site_id, rounds, say)
+        say(f"Log evidence of all sites: {server.log_evidence():,.4f} nats")
+        return made
+
+
+def _work_on(
+    server: RemoteServer,
+    basis: Basis | WeightBasis,
+    scaling: Scaling | None,
+    data: str,
+    site_id: str,
+    rounds: int,
+    say: Say,
+) -> Site | None:
+    """The site on one basis, put; None where another basis is to have sites by now."""
+    if not isinstance(basis, Basis) or scaling is None:
+        raise ServerError("The server's basis is of weights; a table has a site on a basis of functions.")
+    x, y = table_rows(model_of(server), basis, scaling, data)
+    try:
         before = server.get(site_id, basis.id)
         start = before if before is not None else form_of(basis).empty(basis.id, site_id)
         own = replace(start, incarnation=server.join(site_id), version=-1)
@@ -231,12 +249,17 @@ def work(address: Address, data: str, site_id: str, rounds: int, say: Say) -> Si
                 f"Site {site_id!r} version {receipt.version}: {receipt.status}, {own.count:,} rows, step "
                 f"{receipt.step:g}" + ("" if gaussian else f", moved by {moved:.1e}")
             )
-            if moved < SETTLED:
+            if moved < SETTLED or server.basis()[0].id != basis.id:
                 break
-        if not gaussian and moved >= SETTLED:
-            say(f"Not settled after {rounds} rounds; other workers may be moving. Run it again to go on.")
-        say(f"Log evidence of all sites: {server.log_evidence():,.4f} nats")
-        return own
+    except SiteRefused as error:
+        if error.reason != "basis" or server.basis()[0].id == basis.id:
+            raise
+    if server.basis()[0].id != basis.id:
+        say("The server has a new basis: making the site anew on that.")
+        return None
+    if not gaussian and moved >= SETTLED:
+        say(f"Not settled after {rounds} rounds; other workers may be moving. Run it again to go on.")
+    return own
 
 
 def fetch_model(address: Address, out: str, overwrite: bool = False) -> str:
