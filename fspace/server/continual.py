@@ -6,8 +6,9 @@ it was. What can be lost is lost where the inducing inputs outgrow their budget,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 from operator import add
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ class Learned(NamedTuple):
     lost: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tasks:
     """The basis that serves and the site of every task on it."""
 
@@ -57,12 +58,12 @@ class Tasks:
         sites = {name: site for name in names if (site := server.get(name, basis.id)) is not None}
         return Tasks(basis, scaling, sites)
 
-    @property
+    @cached_property
     def total(self) -> Site:
         """The product of all sites."""
         return reduce(add, self.sites.values(), form_of(self.basis).empty(self.basis.id, "none"))
 
-    @property
+    @cached_property
     def posterior(self) -> GPPosterior:
         """What all tasks together say of the functions."""
         return posterior_of(self.basis, self.total, self.scaling, vector=False)
@@ -118,8 +119,10 @@ def learn_onto(
     task: str,
     inducing: int | None,
     discount: float,
+    note: Callable[[Basis], None] = lambda basis: None,
 ) -> Learned:
-    """`learn_task` where the server's sites have first become those of `tasks`, on whatever basis."""
+    """`learn_task` where the server's sites have first become those of `tasks`, on whatever basis; `note` is told the
+    basis on which they will be before any is there."""
     _check(tasks, task, inducing, discount)
     x = tasks.posterior.numbers(x, "x")
     tasks.posterior.embedded(x[:1])  # raises for another shape
@@ -129,6 +132,7 @@ def learn_onto(
     if discount < 1:
         tasks = replace(tasks, sites={name: faded(site, discount) for name, site in tasks.sites.items()})
     site = tasks.posterior.site_of(x, y, task)
+    note(tasks.basis)
     _publish(server, tasks, site)
     return Learned(task, len(x), len(tasks.basis.inducing_inputs), lost)
 
@@ -147,13 +151,13 @@ def _check(tasks: Tasks, task: Any, inducing: Any, discount: Any) -> None:
 def _publish(server: PosteriorServer, tasks: Tasks, new: Site) -> None:
     """Put the site of a new task, then what has become of the others: on a new basis the last of them ends the epoch,
     and all serve at once."""
-    serving = server.total().basis_id
-    elsewhere = server.basis()[0].id
-    if elsewhere not in (serving, tasks.basis.id):  # of a call that did not come to its end
+    serving, *opened = list(server.forms()) or [None]
+    if opened and opened[0] != tasks.basis.id:  # by a call that did not come to its end
         server.abandon_epoch()
     server.register_basis(tasks.basis, tasks.scaling)
     server.put(replace(new, incarnation=server.join(new.site_id), version=0))
     for name, site in tasks.sites.items():
         known = server.get(name, tasks.basis.id)
-        if known is None or known.version != site.version:
-            server.put(site)
+        if tasks.basis.id == serving and known is not None and known.version == site.version:
+            continue  # nothing has become of it
+        server.put(site if known is None else replace(site, version=known.version + 1))
