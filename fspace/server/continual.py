@@ -90,7 +90,7 @@ class Tasks:
 
 
 def learn_task(
-    server: PosteriorServer, x: Any, y: Any, task: str, inducing: int | None = None, discount: float = 1.0
+    server: PosteriorServer, x: Any, y: Any, task: Any, inducing: Any = None, discount: Any = 1.0
 ) -> Learned:
     """Make rows of a new task a site beside those of earlier tasks; the rows are not needed again.
 
@@ -116,9 +116,9 @@ def learn_onto(
     tasks: Tasks,
     x: Any,
     y: Any,
-    task: str,
-    inducing: int | None,
-    discount: float,
+    task: Any,
+    inducing: Any,
+    discount: Any,
     note: Callable[[Basis], None] = lambda basis: None,
 ) -> Learned:
     """`learn_task` where the server's sites have first become those of `tasks`, on whatever basis; `note` is told the

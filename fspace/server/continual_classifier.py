@@ -54,7 +54,7 @@ class ContinualClassifier(ClassifierMixin, BaseEstimator):
         self.inducing = inducing
         self.discount = discount
 
-    def learn(self, X: Any, y: Any, task: str) -> ContinualClassifier:
+    def learn(self, X: Any, y: Any, task: Any) -> ContinualClassifier:
         """Learn a task from X [n, d] (or images, sequences) and labels y [n]; the rows are not needed again.
 
         Raises a FspaceError for data, options and names that cannot be used; nothing has then changed.
@@ -126,7 +126,7 @@ class ContinualClassifier(ClassifierMixin, BaseEstimator):
         labels = np.concatenate([labels, classes[np.isin(classes, new)]])
         return Tasks(basis, unit_scaling(basis), sites), labels, of_task
 
-    def forget(self, task: str) -> ContinualClassifier:
+    def forget(self, task: Any) -> ContinualClassifier:
         """Take a task out: what is left is what learning the others on these inducing inputs gives, exactly.
 
         Not undone is what does not stand in sites: inducing inputs are rows and may be the task's own, what other tasks
@@ -167,7 +167,7 @@ class ContinualClassifier(ClassifierMixin, BaseEstimator):
         return np.unique(np.concatenate([of_task[name] for name in tasks]))
 
     @torch.no_grad()
-    def predict_proba(self, X: Any, task: str | None = None) -> np.ndarray:
+    def predict_proba(self, X: Any, task: Any = None) -> np.ndarray:
         """Probabilities [n, c] of the classes, in the order of classes_.
 
         task: where it is known which task the rows are of, only its classes are possible. Raises NotFittedError before
@@ -185,7 +185,7 @@ class ContinualClassifier(ClassifierMixin, BaseEstimator):
         probs[:, np.searchsorted(classes, possible)] = (found / found.sum(1, keepdim=True)).cpu().numpy()
         return probs
 
-    def predict(self, X: Any, task: str | None = None) -> np.ndarray:
+    def predict(self, X: Any, task: Any = None) -> np.ndarray:
         """The most probable class of every row; task as in `predict_proba`."""
         return self.classes_[self.predict_proba(X, task).argmax(axis=1)]
 
