@@ -53,7 +53,9 @@ class Tasks:
             raise ServerError("The server has no basis yet; register one.")
         basis, scaling = server.basis(serving[0]["basis_id"])
         if not isinstance(basis, Basis) or scaling is None:
-            raise ServerError("The server's basis is one of network weights; tasks are learned on inducing values.")
+            raise ServerError(
+                "The server's basis is one of network weights; tasks are learned on inducing values."
+            )
         names = [about["site_id"] for about in serving[0]["sites"]]
         sites = {name: site for name in names if (site := server.get(name, basis.id)) is not None}
         return Tasks(basis, scaling, sites)

@@ -87,7 +87,9 @@ class ContinualClassifier(ClassifierMixin, BaseEstimator):
     def _first(self, x: Tensor, classes: np.ndarray) -> Tasks:
         """No task yet, on one inducing input."""
         if self.kernel is None and x.ndim > 2:
-            raise OptionError("kernel=None is for tables [n, d]; pass a DeepKernel whose extractor reads such rows.")
+            raise OptionError(
+                "kernel=None is for tables [n, d]; pass a DeepKernel whose extractor reads such rows."
+            )
         if not isinstance(self.kernel, Kernel | None):
             raise OptionError(f"kernel is a {type(self.kernel).__name__}; pass a gpytorch kernel, or None.")
         kernel = _median_kernel(x) if self.kernel is None else copy.deepcopy(self.kernel)
@@ -206,10 +208,14 @@ class ContinualClassifier(ClassifierMixin, BaseEstimator):
             raise DataError(f"X must have shape [n, d], none of them 0; it has {list(x.shape)}.")
         bad = ~x.reshape(len(x), -1).isfinite().all(1)
         if bool(bad.any()):
-            raise DataError(f"X holds NaN or infinite values (row {int(bad.nonzero()[0])}); remove such rows.")
+            raise DataError(
+                f"X holds NaN or infinite values (row {int(bad.nonzero()[0])}); remove such rows."
+            )
         row = self._about()[2] if self.server_.forms() else list(x.shape[1:])
         if list(x.shape[1:]) != row:
-            raise DataError(f"X has rows of shape {list(x.shape[1:])}; those of the first task were of {row}.")
+            raise DataError(
+                f"X has rows of shape {list(x.shape[1:])}; those of the first task were of {row}."
+            )
         return x
 
 
