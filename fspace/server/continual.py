@@ -153,13 +153,13 @@ def _check(tasks: Tasks, task: Any, inducing: Any, discount: Any) -> None:
 def _publish(server: PosteriorServer, tasks: Tasks, new: Site) -> None:
     """Put the site of a new task, then what has become of the others: on a new basis the last of them ends the epoch,
     and all serve at once."""
-    serving, *opened = list(server.forms()) or [None]
-    if opened and opened[0] != tasks.basis.id:  # by a call that did not come to its end
+    served = list(server.forms())
+    if len(served) > 1 and served[1] != tasks.basis.id:  # of a call that did not come to its end
         server.abandon_epoch()
     server.register_basis(tasks.basis, tasks.scaling)
     server.put(replace(new, incarnation=server.join(new.site_id), version=0))
     for name, site in tasks.sites.items():
         known = server.get(name, tasks.basis.id)
-        if tasks.basis.id == serving and known is not None and known.version == site.version:
+        if served[:1] == [tasks.basis.id] and known is not None and known.version == site.version:
             continue  # nothing has become of it
         server.put(site if known is None else replace(site, version=known.version + 1))

@@ -64,10 +64,7 @@ class ContinualClassifier(ClassifierMixin, BaseEstimator):
         first = not self.server_.forms()
         x = self._rows(X)
         values = label_values(y, len(x))
-        if first:
-            tasks, labels, of_task = self._first(x, np.unique(values)), np.unique(values), {}
-        else:
-            tasks, labels, of_task = self._known(np.unique(values))
+        tasks, labels, of_task = (self._first if first else self._known)(x, np.unique(values))
         functions = {label: k for k, label in enumerate(labels.tolist())}
         targets = torch.tensor([functions[label] for label in values.tolist()], dtype=torch.float64)
         rest = {name: classes for name, classes in of_task.items() if name != task}
@@ -84,7 +81,7 @@ class ContinualClassifier(ClassifierMixin, BaseEstimator):
         )
         return self
 
-    def _first(self, x: Tensor, classes: np.ndarray) -> Tasks:
+    def _first(self, x: Tensor, classes: np.ndarray) -> tuple[Tasks, np.ndarray, dict[str, np.ndarray]]:
         """No task yet, on one inducing input."""
         if self.kernel is None and x.ndim > 2:
             raise OptionError(
@@ -93,14 +90,16 @@ class ContinualClassifier(ClassifierMixin, BaseEstimator):
         if not isinstance(self.kernel, Kernel | None):
             raise OptionError(f"kernel is a {type(self.kernel).__name__}; pass a gpytorch kernel, or None.")
         kernel = _median_kernel(x) if self.kernel is None else copy.deepcopy(self.kernel)
+        if not isinstance(kernel, DeepKernel):  # whose network may have another dtype
+            kernel = kernel.double()
         kernel.eval().requires_grad_(False)
         with torch.no_grad():
             z = embed(kernel, x)
         start = z[greedy_variance(embedded_kernel(kernel), z, 1)]
         basis = Basis(kernel, start, _likelihood(len(classes)))
-        return Tasks(basis, unit_scaling(basis), {})
+        return Tasks(basis, unit_scaling(basis), {}), classes, {}
 
-    def _known(self, classes: np.ndarray) -> tuple[Tasks, np.ndarray, dict[str, np.ndarray]]:
+    def _known(self, x: Tensor, classes: np.ndarray) -> tuple[Tasks, np.ndarray, dict[str, np.ndarray]]:
         """The tasks so far, with functions for new classes: copies of the one that stands for all that may come."""
         tasks = Tasks.on(self.server_)
         labels, of_task, _ = self._about()
