@@ -18,7 +18,7 @@ from fspace.inference.basis import Basis
 from fspace.inference.dirichlet import DirichletLikelihood
 from fspace.inference.inducing import greedy_variance
 from fspace.inference.likelihoods import OffsetLikelihood
-from fspace.kernels.deep import embed, embedded_kernel
+from fspace.kernels.deep import DeepKernel, embed, embedded_kernel
 from fspace.predictive_base import as_tensor
 from fspace.saving import classes_from_json, classes_to_json
 from fspace.server.continual import Learned, Tasks, learn_onto
