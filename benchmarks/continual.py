@@ -162,7 +162,7 @@ class Network:
 
         self.model = network(tasks[0].x.shape[1], seed)
         self.told, self.seed, self.how, self.strength = told, seed, how, strength
-        self.memory: list[Task] = []
+        self.rows: list[Task] = []
         # EWC's penalty is a product of diagonal Gaussian sites over the weights, one a task: the server's other family
         self.basis = WeightBasis.of(self.model)
         self.server = PosteriorServer()
@@ -170,9 +170,9 @@ class Network:
 
     def learn(self, task: Task, name: str) -> None:
         """Train on a task, and keep of it what there is to keep."""
-        rows = [(t.x, t.y, possible(t, len(t.x), self.told)) for t in (task, *self.memory)]
+        rows = [(t.x, t.y, possible(t, len(t.x), self.told)) for t in (task, *self.rows)]
         penalty = self._penalty() if self.how == "ewc" else None
-        if self.memory and self.how == "replay":  # half of every batch, on average, is of earlier tasks
+        if self.rows and self.how == "replay":  # half of every batch, on average, is of earlier tasks
             new, old = rows[0], rows[1:]
             times = max(1, len(new[0]) // sum(len(r[0]) for r in old))
             rows = [new, *old * times]
@@ -180,9 +180,9 @@ class Network:
         if self.how == "ewc":
             self._remember(task, name)
         if self.how == "replay":
-            self.memory = [*self.memory, task]
-            share = INDUCING // len(self.memory)
-            self.memory = [replace(t, x=t.x[:share], y=t.y[:share]) for t in self.memory]
+            self.rows = [*self.rows, task]
+            share = INDUCING // len(self.rows)
+            self.rows = [replace(t, x=t.x[:share], y=t.y[:share]) for t in self.rows]
 
     def _remember(self, task: Task, name: str) -> None:
         from fspace.inference.basis import Site
@@ -204,7 +204,7 @@ class Network:
 
     def memory(self) -> int:
         """Bytes kept beside the network: rows in float32, or the product of EWC's sites."""
-        return sum(4 * t.x.numel() for t in self.memory) + (16 * self.basis.size if self.how == "ewc" else 0)
+        return sum(4 * t.x.numel() for t in self.rows) + (16 * self.basis.size if self.how == "ewc" else 0)
 
     @torch.no_grad()
     def accuracy(self, task: Task, x: Tensor, y: Tensor, name: str) -> float:
