@@ -1,4 +1,4 @@
-"""Task after task: of each its site stays on a posterior server, and its rows are let go.
+"""Task after task: of each its site stays on a posterior server, and its rows are let go (but for inducing inputs).
 
 Nothing is learned anew when a task comes: its site is put beside the others, so what earlier tasks have said stays as
 it was. What can be lost is lost where the inducing inputs outgrow their budget, and that is measured.
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fspace.errors import OptionError, ServerError
+from fspace.errors import DataError, OptionError, ServerError
 from fspace.inference.basis import Basis, Site
 from fspace.inference.gp import GPPosterior, Scaling
 from fspace.inference.inducing import greedy_variance
@@ -127,6 +127,8 @@ def learn_onto(
     basis on which they will be before any is there."""
     _check(tasks, task, inducing, discount)
     x = tasks.posterior.numbers(x, "x")
+    if len(x) == 0:
+        raise DataError(f"Task {task!r} has no rows.")
     tasks.posterior.embedded(x[:1])  # raises for another shape
     lost = 0.0
     if inducing is not None:

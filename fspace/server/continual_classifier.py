@@ -31,7 +31,9 @@ PAIRS = 1000  # rows of the first task between which distances are taken, at mos
 
 
 class ContinualClassifier(ClassifierMixin, BaseEstimator):
-    """Gaussian process classification that learns task after task and keeps no rows; classes come with the tasks.
+    """Gaussian process classification that learns task after task; classes come with the tasks.
+
+    Of a task stay its site and those of its rows that are inducing inputs (without their labels).
 
     server: where tasks are kept (None: in memory). With a `PosteriorServer` on a file, which must hold nothing else,
         another process goes on where this one ended.
