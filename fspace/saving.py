@@ -79,7 +79,7 @@ def save(model: GPEstimator, path: str | Path) -> Path:
         "target_names": model.target_names_,
         "interrupted": model.interrupted_,
         "budget": model.budget_,
-        "classes": _classes_to_json(model.classes_) if isinstance(model, GPClassifier) else None,
+        "classes": classes_to_json(model.classes_) if isinstance(model, GPClassifier) else None,
     }
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     content = json.dumps(header, default=_plain), write_tensors(tensors)
@@ -99,7 +99,8 @@ def save(model: GPEstimator, path: str | Path) -> Path:
     return path
 
 
-def _classes_to_json(classes: np.ndarray) -> dict[str, Any]:
+def classes_to_json(classes: np.ndarray) -> dict[str, Any]:
+    """Labels of any kind as JSON."""
     dtype = "object" if classes.dtype.kind == "O" else classes.dtype.str
     dates = (
         classes.dtype.kind in "mM"
@@ -107,7 +108,8 @@ def _classes_to_json(classes: np.ndarray) -> dict[str, Any]:
     return {"values": classes.view(np.int64).tolist() if dates else classes.tolist(), "dtype": dtype}
 
 
-def _classes_from_json(saved: Mapping[str, Any]) -> np.ndarray:
+def classes_from_json(saved: Mapping[str, Any]) -> np.ndarray:
+    """What `classes_to_json` wrote."""
     dtype = np.dtype(saved["dtype"])
     if dtype.kind in "mM":
         return np.array(saved["values"], dtype=np.int64).view(dtype)
@@ -267,7 +269,7 @@ def load(path: str | Path, device: str = "auto", modules: Mapping[str, torch.nn.
         model.budget_ = int(header["budget"])
         model.relevance_ = torch.tensor(header["relevance"], dtype=torch.float64).numpy()
         if isinstance(model, GPClassifier):
-            model.classes_ = _classes_from_json(header["classes"])
+            model.classes_ = classes_from_json(header["classes"])
             like = members[0].basis.likelihood
             known = (like.classes or 2) if isinstance(like, OffsetLikelihood) else 0
             if len(model.classes_) != known:
