@@ -85,7 +85,7 @@ class PviWorker(WeightWorker):
         """`damping` of the way to the site of the best q; it may be indefinite, the server sees to it that what is left
         is a Gaussian. Raises NumericalError for a free energy that is no number."""
         how, diagonal = self.how, self.basis.diagonal
-        generator = self.generator(own.version + 1)
+        generator = self.generator(own)
         batches = self.batches(how.batch, generator)
         prior = Natural.of(cavity, self.device).with_prior()
         start, root = _mean_and_root(prior.times(Natural.of(own, self.device)))

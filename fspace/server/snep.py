@@ -95,13 +95,13 @@ class Langevin:
     def step(self, gradient: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
         """One step along the gradient of the log density; where it led."""
         self.steps += 1
-        self.square = MEMORY * self.square + (1 - MEMORY) * gradient.square()
-        root = (self.square / (1 - MEMORY**self.steps)).sqrt()
+        self.square.mul_(MEMORY).addcmul_(gradient, gradient, value=1.0 - MEMORY)
+        root = (self.square / (1.0 - MEMORY**self.steps)).sqrt_()
         # the prior alone has gradients of size one: a coordinate that shows less has only not shown them yet
-        scale = self.how.step_size / (root + 1.0)
+        scale = self.how.step_size / root.add_(1.0)
         noise = self._draw()
-        shake = (2.0 * self.how.temperature * scale).sqrt() * (0.5 * (self.noise + noise))
-        self.v, self.noise = self.v + scale * gradient + shake, noise
+        shake = (0.5 * self.how.temperature * scale).sqrt_().mul_(self.noise.add_(noise))
+        self.v, self.noise = torch.addcmul(self.v, scale, gradient).add_(shake), noise
         return self.v
 
 
@@ -133,19 +133,20 @@ class SnepWorker(WeightWorker):
         gamma, site = Natural.of(own, self.device).within(how.limits).projected(how.limits)
         posterior = rest.times(site)
         if self._chain is None or self._batches is None:
-            generator = self.generator("chain")
-            self._chain = Langevin(posterior.mean_parameter().first, how, generator)
+            generator = self.generator(own)
+            self._chain = Langevin(posterior.mean_parameter().first.to(self.dtype), how, generator)
             self._batches = self.batches(how.batch, generator)
         before, log_scale = (own.version + 1) * how.steps, 0.0
         for step in range(how.steps):
             if self._damper is None or self._taken >= how.damper_every:
                 self._damper, self._taken = posterior, 0
             self._taken += 1
-            around = self._damper.times(site, -1.0 / how.beta)
+            around = self._damper.times(site, -1.0 / how.beta).to(self.dtype)
+            exponent = site.to(self.dtype)
             found = Mean.of(torch.zeros_like(rest.shift), diagonal)
             for _ in range(how.samples):
-                beyond, v = self._sample(self._chain, self._batches, around, site)
-                found = found.plus(Mean.of(v, diagonal), 1.0 / how.samples)
+                beyond, v = self._sample(self._chain, self._batches, around, exponent)
+                found = found.plus(Mean.of(v.double(), diagonal), 1.0 / how.samples)
                 log_scale += beyond / (how.steps * how.samples)
             rate = how.rate / (1.0 + how.decay * (before + step))
             gamma = gamma.plus(found, rate).plus(posterior.mean_parameter(), -rate)

@@ -29,6 +29,10 @@ class Natural(NamedTuple):
         """A site's."""
         return Natural(site.precision[0].to(device), site.shift[0].to(device))
 
+    def to(self, dtype: torch.dtype) -> Natural:
+        """The same numbers in another type."""
+        return Natural(self.precision.to(dtype), self.shift.to(dtype))
+
     def times(self, other: Natural, power: float = 1.0) -> Natural:
         """Times a power of another."""
         return Natural(self.precision + power * other.precision, self.shift + power * other.shift)

@@ -161,9 +161,11 @@ class WeightWorker(ABC):
             for part in order[: n - n % size].split(size):
                 yield x[part], y[part], n / size
 
-    def generator(self, part: object) -> torch.Generator:
-        """Random numbers that depend on the seed, the worker's name and `part` alone."""
-        digest = hashlib.sha256(f"{self.seed} {self.name} {part}".encode()).digest()
+    def generator(self, own: Site) -> torch.Generator:
+        """Random numbers that depend on the seed, the worker's name and its site alone: a worker that starts again where
+        its site is does not draw those it drew before."""
+        words = f"{self.seed} {self.name} {own.version}".encode()
+        digest = hashlib.sha256(words + own.shift.numpy().tobytes()).digest()
         return generator_for(int.from_bytes(digest[:4], "big"), self.device)
 
 
