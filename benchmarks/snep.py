@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-HIDDEN = (500, 300)
+HIDDEN = (200, 100)
 WORKERS = (1, 2, 4, 8)
 BATCH = 100
 DRAWS = 20  # of a posterior's weights, for its predictive probabilities

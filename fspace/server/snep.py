@@ -97,8 +97,8 @@ class Langevin:
         self.steps += 1
         self.square.mul_(MEMORY).addcmul_(gradient, gradient, value=1.0 - MEMORY)
         root = (self.square / (1.0 - MEMORY**self.steps)).sqrt_()
-        # the prior alone has gradients of size one: a coordinate that shows less has only not shown them yet
-        scale = self.how.step_size / root.add_(1.0)
+        # the prior alone has gradients of this size: a coordinate that shows less has only not shown them yet
+        scale = self.how.step_size / root.add_(max(self.how.temperature**0.5, 1e-8))
         noise = self._draw()
         shake = (0.5 * self.how.temperature * scale).sqrt_().mul_(self.noise.add_(noise))
         self.v, self.noise = torch.addcmul(self.v, scale, gradient).add_(shake), noise
