@@ -12,12 +12,10 @@ answers rests on what was at the server k - 1 answers ago, the same in every run
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from typing import Any
 
-import common
 import numpy as np
 import torch
 from torch import Tensor, nn

@@ -181,6 +181,7 @@ class SnepWorker(WeightWorker):
             self._chain = self._damper = None
             raise NumericalError(
                 f"The Langevin chain of worker {self.name!r} has left for infinity; take a smaller step_size than "
-                f"{self.how.step_size:g}" + (f", or a larger beta than {self.how.beta:g}." * (self.how.beta < 1) or ".")
+                f"{self.how.step_size:g}"
+                + (f", or a larger beta than {self.how.beta:g}." * (self.how.beta < 1) or ".")
             )
         return beyond, moved

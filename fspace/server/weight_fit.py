@@ -37,9 +37,9 @@ def fit_weights(
 ) -> ServerFit:
     """A posterior over the weights of a module from the rows of many workers, none of which sees another's rows.
 
-    shards, engine and server as in `fit`. likelihood: `Softmax(classes)` or `GaussianNoise(variance)`, in the units of y.
-    prior_scale: standard deviation of every weight under the prior. update: `Snep(...)` (None: with its defaults) or
-    `Pvi(...)`. rounds: of every worker; nobody waits for anybody unless synchronous_rounds, where the result is the
+    shards, engine and server as in `fit`. likelihood: `Softmax(classes)` or `GaussianNoise(variance)`, in the units of
+    y. prior_scale: standard deviation of every weight under the prior. update: `Snep(...)` (None: with its defaults)
+    or `Pvi(...)`. rounds: of every worker; nobody waits for anybody unless synchronous_rounds, where the result is the
     same on every engine. The first posterior of a new server is around the module's weights, with variance
     start_variance (of the prior's), so that all workers look near the same weights. The module is not changed.
     `posterior` of the result is a `WeightPosterior`; its log evidence estimates the evidence lower bound.
@@ -84,8 +84,8 @@ def fit_weights(
 def weight_basis(
     module: nn.Module, likelihood: WeightLikelihood, prior_scale: float = 1.0, diagonal: bool = True
 ) -> WeightBasis:
-    """The basis of a module and a likelihood, which its id tells from others. Raises OptionError for parameters that are
-    not all of one type, float32 or float64."""
+    """The basis of a module and a likelihood, which its id tells from others. Raises OptionError for parameters that
+    are not all of one type, float32 or float64."""
     basis = WeightBasis.of(module, prior_scale, diagonal)
     types = {p.dtype for p in module.parameters()}
     if len(types) > 1 or types.isdisjoint({torch.float32, torch.float64}):

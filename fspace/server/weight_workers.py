@@ -162,8 +162,8 @@ class WeightWorker(ABC):
                 yield x[part], y[part], n / size
 
     def generator(self, own: Site) -> torch.Generator:
-        """Random numbers that depend on the seed, the worker's name and the version of its site alone: the same on every
-        engine. (A worker that starts again draws them anew; give `fit_weights` another seed for others.)"""
+        """Random numbers that depend on the seed, the worker's name and the version of its site alone: the same on
+        every engine. (A worker that starts again draws them anew; give `fit_weights` another seed for others.)"""
         digest = hashlib.sha256(f"{self.seed} {self.name} {own.version}".encode()).digest()
         return generator_for(int.from_bytes(digest[:4], "big"), self.device)
 
