@@ -16,7 +16,7 @@ from typing import Any
 
 from gpytorch.likelihoods import GaussianLikelihood
 
-from fspace.errors import OptionError, ServerError
+from fspace.errors import OptionError, ServerError, SiteRefused
 from fspace.inference.basis import Basis
 from fspace.inference.gp import Scaling
 from fspace.server.core import PosteriorServer, unit_scaling
@@ -169,12 +169,17 @@ def _ask(engine: Engine, server: PosteriorServer, basis_id: str, name: str, inca
 
 
 def _take(found: ServerFit, basis_id: str, name: str, answer: Any) -> float | None:
-    """Put what a worker answered; by how many nats that moved the posterior (None: the worker failed)."""
+    """Put what a worker answered; by how many nats that moved the posterior (None: the worker failed, or its site was
+    refused)."""
+    before = found.server.total(basis_id)
+    if not isinstance(answer, Exception):
+        try:
+            found.server.put(answer)
+        except SiteRefused as refused:
+            answer = refused
     if isinstance(answer, Exception):
         found.failures[name] = f"{type(answer).__name__}: {answer}"
         return None
-    before = found.server.total(basis_id)
-    found.server.put(answer)
     found.rounds[name] += 1
     found.moved.append(divergence(found.server.total(basis_id), before))
     return found.moved[-1]

@@ -26,6 +26,7 @@ from fspace.server.weights import WeightBasis
 from fspace.server.workers import Shard
 
 MEMORY = 0.999  # of the average of squared gradients, as Adam's
+FAR = 1e6  # of the prior's standard deviations: no posterior is there
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ class SnepWorker(WeightWorker):
         v = v.detach()
         beyond = value.item() - site.exponent(v)
         moved = chain.step(gradient / self.how.beta + around.gradient(v))
-        if not bool(moved.isfinite().all()):
+        if not bool((moved.abs() < FAR).all()):
             self._chain = self._damper = None
             raise NumericalError(
                 f"The Langevin chain of worker {self.name!r} has left for infinity; take a smaller step_size than "

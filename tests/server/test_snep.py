@@ -94,13 +94,13 @@ def test_full_pvi_is_the_exact_posterior_of_a_linear_model(synchronous):
 
 def test_diagonal_pvi_has_the_mean_field_optimum():
     """Of a linear model with correlated inputs: the exact mean, and the diagonal of the exact precision, as far as
-    Adam's noise lets see; variances of the exact posterior are larger by up to 75%."""
+    Adam's noise lets see; variances of the exact posterior are larger by up to 55%."""
     shards, exact, _ = linear(n=200, correlation=0.6)
     found = fit_weights(
         shards,
         line(),
         GaussianNoise(NOISE),
-        update=Pvi(steps=60, rate=0.1, draws=4, damping=0.7),
+        update=Pvi(steps=60, rate=0.1, draws=2, damping=0.7),
         rounds=10,
         synchronous_rounds=True,
     )
@@ -109,7 +109,7 @@ def test_diagonal_pvi_has_the_mean_field_optimum():
     posterior = found.posterior
     assert ((posterior.mean - mean[0]).abs() * precision.sqrt()).max() < 0.3  # of a standard deviation
     assert (posterior.covariance * precision - 1.0).abs().max() < 0.2
-    assert (covariance[0].diagonal() * precision - 1.0).max() > 0.7
+    assert (covariance[0].diagonal() * precision - 1.0).max() > 0.5
 
 
 class Copies(nn.Module):
@@ -123,7 +123,7 @@ class Copies(nn.Module):
         return x * self.w
 
 
-def copies(how, count=200, synchronous=True, rounds=50):
+def copies(how, count=200, synchronous=True, rounds=30):
     """Posterior means and variances of 200 equal problems with chains of their own, two workers; and the exact ones."""
     torch.manual_seed(0)
     x = torch.randn(30, 1).double()
@@ -158,7 +158,7 @@ HALF = Snep(
 
 
 def test_snep_is_the_exact_posterior_within_its_standard_error():
-    """Average over 200 problems of the posterior's mean and variance; standard errors about 0.0006 and 0.0002."""
+    """Average over 200 problems of the posterior's mean and variance; standard errors about 0.001 and 0.0003."""
     assert worst_in_errors(copies(HALF)) < 4.0
 
 
@@ -166,7 +166,7 @@ def test_snep_with_all_of_the_site_out_of_the_tilted_distribution_is_refused(mon
     """The twin: the cavity is damper - lambda where it should be damper - lambda / beta."""
     times = Natural.times
     monkeypatch.setattr(Natural, "times", lambda self, other, power=1.0: times(self, other, max(power, -1.0)))
-    assert worst_in_errors(copies(HALF, rounds=30)) > 20.0
+    assert worst_in_errors(copies(HALF, rounds=15)) > 20.0
 
 
 def test_a_mean_parameter_and_its_natural_parameter_are_one_gaussian():
@@ -303,8 +303,8 @@ def test_asynchronous_snep_agrees_with_synchronous_snep():
         return (one - other).square().mean().sqrt().item()
 
     together, each_when_it_can, first = (
-        mean_function(True, 50),
-        mean_function(False, 50),
+        mean_function(True, 40),
+        mean_function(False, 40),
         mean_function(True, 1),
     )
     for found in (together, each_when_it_can):
@@ -374,7 +374,7 @@ def test_a_worker_that_comes_late_starts_from_nothing():
 
 @pytest.mark.parametrize(
     "how",
-    [Snep(step_size=0.05, rate=0.1, beta=0.5, temperature=0.1), Pvi(steps=60, batch=30)],
+    [Snep(step_size=0.05, rate=0.1, beta=0.5, temperature=0.1), Pvi(steps=40, batch=30)],
     ids=["snep", "pvi"],
 )
 def test_classes_on_two_workers(how):
@@ -487,7 +487,6 @@ def test_an_unknown_loss_or_update_is_refused():
 
 
 def test_a_chain_that_leaves_for_infinity_says_so():
-    """Full tilted distributions of a quarter of a site cannot be sampled by steps of this size."""
     how = Snep(step_size=1e6, batch=20)
     with pytest.raises(ServerError, match="left for infinity; take a smaller step_size"):
         fit_weights(waves(1), network(), GaussianNoise(0.04), update=how, rounds=5)
