@@ -27,7 +27,7 @@ from fspace.server.natural import divergence
 from fspace.server.wire import NAME
 
 
-class Learned(NamedTuple):
+class TaskLearned(NamedTuple):
     """A task that has become a site. inducing: inducing inputs there are now; lost: nats (KL divergence, all functions
     together) by which what was known before has changed because inducing inputs were dropped."""
 
@@ -93,7 +93,7 @@ class Tasks:
 
 def learn_task(
     server: PosteriorServer, x: Any, y: Any, task: Any, inducing: Any = None, discount: Any = 1.0
-) -> Learned:
+) -> TaskLearned:
     """Make rows of a new task a site beside those of earlier tasks; the rows are not needed again.
 
     x [n, d] (or images, sequences), y [n] or [n, t] (classes: positions), in the units of the data. inducing: most
@@ -122,7 +122,7 @@ def learn_onto(
     inducing: Any,
     discount: Any,
     note: Callable[[Basis], None] = lambda basis: None,
-) -> Learned:
+) -> TaskLearned:
     """`learn_task` where the server's sites have first become those of `tasks`, on whatever basis; `note` is told the
     basis on which they will be before any is there."""
     _check(tasks, task, inducing, discount)
@@ -138,7 +138,7 @@ def learn_onto(
     site = tasks.posterior.site_of(x, y, task)
     note(tasks.basis)
     _publish(server, tasks, site)
-    return Learned(task, len(x), len(tasks.basis.inducing_inputs), lost)
+    return TaskLearned(task, len(x), len(tasks.basis.inducing_inputs), lost)
 
 
 def _check(tasks: Tasks, task: Any, inducing: Any, discount: Any) -> None:

@@ -21,7 +21,7 @@ from fspace.inference.likelihoods import OffsetLikelihood
 from fspace.kernels.deep import DeepKernel, embed, embedded_kernel
 from fspace.predictive_base import as_tensor
 from fspace.saving import classes_from_json, classes_to_json
-from fspace.server.continual import Learned, Tasks, learn_onto
+from fspace.server.continual import TaskLearned, Tasks, learn_onto
 from fspace.server.core import PosteriorServer, unit_scaling
 from fspace.targets import label_values
 
@@ -47,7 +47,7 @@ class ContinualClassifier(ClassifierMixin, BaseEstimator):
     posterior is that of all rows together, whatever the order of the tasks. One more function stands for all classes
     that are yet to come; such a class starts from what older tasks say of it, which is that they do not hold it.
 
-    After learn: classes_, tasks_ (rows of every task), learned_ (what became of the last one, a `Learned`).
+    After learn: classes_, tasks_ (rows of every task), learned_ (what became of the last one, a `TaskLearned`).
     """
 
     def __init__(self, server: Any = None, kernel: Any = None, inducing: Any = 500, discount: Any = 1.0):
@@ -78,7 +78,7 @@ class ContinualClassifier(ClassifierMixin, BaseEstimator):
             about["tasks"] = {name: classes_to_json(some) for name, some in classes.items()}
             self.server_.attach(f"classes of {basis.id}", json.dumps(about).encode())
 
-        self.learned_: Learned = learn_onto(
+        self.learned_: TaskLearned = learn_onto(
             self.server_, tasks, x, targets, task, self.inducing, self.discount, note
         )
         return self

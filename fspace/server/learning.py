@@ -32,7 +32,7 @@ from fspace.kernels.deep import DeepKernel, embedded_kernel
 from fspace.kernels.evaluate import covariance
 from fspace.kernels.extractors import SoftSpectralLinear
 from fspace.server.core import PosteriorServer, unit_scaling
-from fspace.server.engines import Engine, named_shards, put_sites, start
+from fspace.server.engines import Engine, asynchronous, by_name, join, start
 from fspace.server.local_updates import Update
 from fspace.server.workers import Shard, Worker, state_of
 
@@ -98,7 +98,7 @@ def learn_basis(
     while an epoch is open; LearningStopped, naming it, for a worker that cannot go on (no rows are left out unasked);
     NumericalError where the bound cannot be computed at the start.
     """
-    named = {name: shard for name, shard in named_shards(shards).items() if name not in without}
+    named = {name: shard for name, shard in by_name(shards).items() if name not in without}
     if steps < 1:
         raise OptionError(f"steps={steps!r} must be at least 1; `fit` puts sites on a basis as it is.")
     if optimiser is None:  # on networks L-BFGS stays far behind
@@ -136,7 +136,9 @@ def _open_epoch(runs: Engine, names: list[str], found: Learned) -> None:
     """Register the learned basis and put the workers' sites on it. Raises LearningStopped where that is not done."""
     try:
         found.server.register_basis(found.basis, found.scaling)
-        failures = put_sites(runs, found.server, found.basis, names, 1, 1.0, found.basis).failures
+        incarnations = join(found.server, names)
+        put = asynchronous(runs, found.server, found.basis.id, incarnations, 1, 1.0, (found.basis,))
+        failures = put.failures
         trouble = " ".join(f"{name!r}: {said}" for name, said in failures.items())
     except FspaceError as error:
         trouble = str(error)
@@ -179,7 +181,7 @@ def _require_all_rows(
     if not named:
         raise OptionError("There is no shard to learn from: without= names all of them.")
     contributors = {site["site_id"] for each in bases for site in each["sites"]}
-    unknown = sorted(set(without) - contributors - set(named_shards(shards)))
+    unknown = sorted(set(without) - contributors - set(by_name(shards)))
     if unknown:
         raise OptionError(f"without={unknown[0]!r} names no shard and no contributor of the server.")
     missing = sorted(contributors - set(named) - set(without))

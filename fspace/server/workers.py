@@ -160,13 +160,7 @@ def in_units_of_basis(
     row = scaling.shift.shape
     if x.ndim <= len(row) or any(a not in (1, b) for a, b in zip(row, x.shape[-len(row) :])):
         raise DataError(f"Shard {name!r}: x has shape {list(x.shape)}; rows of this basis are {list(row)}.")
-    for what, values in (("x", x), ("y", y)):
-        bad = ~values.reshape(len(values), -1).isfinite().all(1)
-        if bool(bad.any()):
-            first = int(bad.nonzero()[0])
-            raise DataError(
-                f"Shard {name!r}: row {first} of {what} holds NaN or infinite values; leave such rows out."
-            )
+    require_finite(name, x, y)
     x = scaling.inputs(x)
     if classes:
         labels = set(range(likelihood.classes))
@@ -177,3 +171,14 @@ def in_units_of_basis(
     if isinstance(likelihood, OffsetLikelihood):
         y = y + likelihood.offset.detach()
     return x, y
+
+
+def require_finite(name: str, x: Tensor, y: Tensor) -> None:
+    """Raises DataError, naming the shard and the row, for NaN and infinite values."""
+    for what, values in (("x", x), ("y", y)):
+        bad = ~values.reshape(len(values), -1).isfinite().all(1)
+        if bool(bad.any()):
+            first = int(bad.nonzero()[0])
+            raise DataError(
+                f"Shard {name!r}: row {first} of {what} holds NaN or infinite values; leave such rows out."
+            )
