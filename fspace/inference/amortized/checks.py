@@ -106,8 +106,9 @@ def temperature(given: float | Tensor) -> None:
         raise OptionError(
             f"temperature must be one number for all; it is a tensor of shape {tuple(given.shape)}."
         )
-    if not float(given) > 0 or float(given) == float("inf"):
-        raise OptionError(f"temperature={float(given)} must be a finite number above 0.")
+    value = given.item() if isinstance(given, Tensor) else given
+    if not 0 < value < float("inf"):
+        raise OptionError(f"temperature={value} must be a finite number above 0.")
 
 
 def support(inside: Tensor, values: Tensor, name: str, what: str) -> None:
