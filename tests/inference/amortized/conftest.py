@@ -42,7 +42,8 @@ class Ppca:
         return DiagonalGaussian(mean, self.log_std.exp().expand_as(mean))
 
     def log_joint(self, x, z):
-        return Normal(z @ self.W.T, self.noise).log_prob(x).sum(-1) + Normal(0.0, 1.0).log_prob(z).sum(-1)
+        fit = Normal(z @ self.W.T, self.noise, validate_args=False).log_prob(x)
+        return fit.sum(-1) + Normal(torch.zeros_like(z), 1.0, validate_args=False).log_prob(z).sum(-1)
 
     def evidence(self, x):
         cov = self.W @ self.W.T + self.noise**2 * torch.eye(len(self.W), dtype=x.dtype, device=x.device)
@@ -52,8 +53,8 @@ class Ppca:
 class Enumerable:
     """One datum and a few discrete latents; its gradients by enumeration, and by R independent replicates.
 
-    Bits: logits [n]. Categories: logits [n, c]. theta [p] are the decoder's parameters. Log p(x, b) is a smooth function
-    of b, so that relaxed values may be put into it.
+    Bits: logits [n]. Categories: logits [n, c]. theta [p] are the decoder's parameters. Log p(x, b) is a smooth
+    function of b, so that relaxed values may be put into it.
     """
 
     def __init__(self, kind):

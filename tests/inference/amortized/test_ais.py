@@ -1,4 +1,4 @@
-"""Annealed importance sampling: unbiased by construction, against known evidence and densities that are not Gaussian."""
+"""Annealed importance sampling: unbiased, against known evidence and a density that is not Gaussian."""
 
 import math
 
@@ -35,7 +35,9 @@ def test_unbiased_against_known_evidence_with_few_temperatures(ppca, monkeypatch
     evidence = model.model.evidence(x)
 
     def score():
-        run = annealed_importance(model, x, chains=2000, temperatures=8, leapfrog=3, step_size=0.3, generator=seeded())
+        run = annealed_importance(
+            model, x, chains=2000, temperatures=8, leapfrog=3, step_size=0.3, generator=seeded()
+        )
         ratio = (run.log_weights - evidence).exp().detach().flatten()
         return (ratio.mean() - 1) / (ratio.std() / math.sqrt(len(ratio))), run
 
@@ -47,21 +49,20 @@ def test_unbiased_against_known_evidence_with_few_temperatures(ppca, monkeypatch
     assert abs(score()[0]) > 8
 
 
-def test_sharper_than_importance_sampling_and_tightens(ppca):
-    """From the prior, annealing leaves a far smaller error than 20,000 plain samples."""
+def test_more_temperatures_tighten_what_plain_samples_cannot_find(ppca):
+    """From the prior, 20,000 plain samples are worth fewer than 32 annealed chains, and Pareto k says so."""
     model = Prior(ppca(d=4, big=12, noise=0.15))
     x = model.model.data(3)
     evidence = model.model.evidence(x).detach()
     plain = log_likelihood(model, x, 20_000, generator=seeded())
-    gaps, spreads = [], []
+    assert (plain.pareto_k > 0.7).all()
+    spreads = []
     for temperatures in (10, 40, 160):
-        run = annealed_importance(model, x, chains=32, temperatures=temperatures, leapfrog=5, generator=seeded())
-        gaps.append((run.log_evidence - evidence).abs().mean().item())
+        run = annealed_importance(model, x, 32, temperatures, leapfrog=5, generator=seeded())
         spreads.append(run.log_weights.var(0).mean().item())
-    assert spreads == sorted(spreads, reverse=True)
-    assert gaps[-1] < 0.1
-    assert (plain.log_likelihood - evidence).abs().mean() > 2 * gaps[-1]
-    assert (run.ess > 10).all() and (run.ess <= 32).all()
+    assert spreads == sorted(spreads, reverse=True) and spreads[-1] < 0.1 * spreads[0]
+    assert run.ess.min() > plain.ess.max() and (run.ess <= 32).all()
+    assert ((run.log_evidence - evidence).abs() < 4 * (1 / run.ess - 1 / 32).sqrt()).all()
 
 
 def test_evidence_of_a_model_that_is_not_gaussian():
@@ -72,7 +73,9 @@ def test_evidence_of_a_model_that_is_not_gaussian():
             return DiagonalGaussian(torch.zeros_like(x), torch.ones_like(x))
 
         def log_joint(self, x, z):
-            return (Normal(torch.zeros_like(z), 1.0).log_prob(z) + Normal(z.square(), 0.4).log_prob(x)).sum(-1)
+            return (Normal(torch.zeros_like(z), 1.0).log_prob(z) + Normal(z.square(), 0.4).log_prob(x)).sum(
+                -1
+            )
 
     x = torch.tensor([[1.5], [0.2]], dtype=torch.float64)
     z = torch.linspace(-8, 8, 8001, dtype=torch.float64)
@@ -100,7 +103,13 @@ def test_schedule_runs_from_zero_to_one():
 def test_refusals(ppca):
     model = ppca(off=0.1)
     x = model.data(3)
-    for options in ({"chains": 0}, {"temperatures": 0}, {"leapfrog": 0}, {"step_size": 0.0}, {"step_size": math.nan}):
+    for options in (
+        {"chains": 0},
+        {"temperatures": 0},
+        {"leapfrog": 0},
+        {"step_size": 0.0},
+        {"step_size": math.nan},
+    ):
         with pytest.raises(OptionError, match=next(iter(options))):
             annealed_importance(model, x, **options)
     bad = x.clone()

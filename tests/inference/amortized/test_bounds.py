@@ -229,7 +229,10 @@ def test_bad_options_are_named(lw):
         lambda: ciwae(lw, math.nan),
         lambda: renyi(lw, math.nan),
         lambda: elbo_with_kl(lw, lw[0], beta=-1.0),
-        *(lambda p=p: tvo(lw, p) for p in ((0.0,), (0.0, 0.5), (0.1, 1.0), (0.0, 0.5, 0.5, 1.0), (0.0, math.nan, 1.0))),
+        *(
+            lambda p=p: tvo(lw, p)
+            for p in ((0.0,), (0.0, 0.5), (0.1, 1.0), (0.0, 0.5, 0.5, 1.0), (0.0, math.nan, 1.0))
+        ),
     ):
         with pytest.raises(OptionError):
             call()
@@ -248,7 +251,9 @@ def test_model_with_wrong_axes_is_named(ppca):
 
     class Summed(ppca):
         def log_joint(self, x, z):
-            return super().log_joint(x, z).sum(1, keepdim=True)  # over the batch, before the log-sum: one weight for all
+            return (
+                super().log_joint(x, z).sum(1, keepdim=True)
+            )  # over the batch, before the log-sum: one weight for all
 
     for wrong in (Late(), Summed()):
         for call in (amortized.log_weights, amortized.log_terms):

@@ -45,7 +45,9 @@ def test_argmax_has_the_probabilities_of_softmax(temperature):
     error = (chance * (1 - chance) / N).sqrt()
     assert ((b.hard(b.sample(N, seeded())).mean(0) - chance) / error).abs().max() < 4
     u, v = (torch.rand(N, 1, 4, generator=seeded(s), dtype=torch.float64) for s in (1, 2))
-    laplace = b.transform(u.log() - (1 - v).log())  # two uniforms where one is meant, as a public snippet has it
+    laplace = b.transform(
+        u.log() - (1 - v).log()
+    )  # two uniforms where one is meant, as a public snippet has it
     assert ((b.hard(laplace).mean(0) - chance) / error).abs().max() > 20
 
 
@@ -144,7 +146,9 @@ def test_hard_bound_stands_beside_the_relaxed_one_which_tends_to_it(kind):
     for temperature in (1.0, 0.3, 0.1, 0.02):
         q, p, log_likelihood = prior_and_posterior(kind, temperature)
         relaxed, hard = relaxed_log_weights(q, p, log_likelihood, 20_000, seeded())
-        torch.testing.assert_close(iwae(hard), iwae(relaxed_log_weights(q, p, log_likelihood, 20_000, seeded()).hard))
+        torch.testing.assert_close(
+            iwae(hard), iwae(relaxed_log_weights(q, p, log_likelihood, 20_000, seeded()).hard)
+        )
         gaps.append((iwae(relaxed) - evidence).abs().item())
     assert gaps[0] > 0.2 and gaps[-1] < 0.02 and gaps == sorted(gaps, reverse=True)
 
@@ -192,8 +196,12 @@ def test_straight_through_is_hard_forward_and_relaxed_backward():
 
 
 def test_temperatures_fall_as_said():
-    assert [exponential_temperature(s, 1.0, 0.5, 0.1) for s in (0, 1, 100)] == pytest.approx([1.0, math.exp(-0.1), 0.5])
-    assert [linear_temperature(s, 10, 1.0, 0.5) for s in (0, 5, 10, 99)] == pytest.approx([1.0, 0.75, 0.5, 0.5])
+    assert [exponential_temperature(s, 1.0, 0.5, 0.1) for s in (0, 1, 100)] == pytest.approx(
+        [1.0, math.exp(-0.1), 0.5]
+    )
+    assert [linear_temperature(s, 10, 1.0, 0.5) for s in (0, 5, 10, 99)] == pytest.approx(
+        [1.0, 0.75, 0.5, 0.5]
+    )
     for call in (
         lambda: exponential_temperature(-1),
         lambda: exponential_temperature(1, 1.0, 0.0),

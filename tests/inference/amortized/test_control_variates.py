@@ -78,7 +78,9 @@ def test_gradient_must_flow_through_the_condition(enumerable, scores):
     truth = enumerable.exact(1)[0]
     assert scores(phi_of(rebar(f, coupling, 0.5), model), truth).abs().max() < 4
     assert scores(phi_of(rebar(f, cut, 0.5), model), truth).abs().max() > 20
-    slope, other = (torch.autograd.grad(c.z_given_hard.sum(), model.logits, retain_graph=True)[0] for c in (coupling, cut))
+    slope, other = (
+        torch.autograd.grad(c.z_given_hard.sum(), model.logits, retain_graph=True)[0] for c in (coupling, cut)
+    )
     assert (slope - other).abs().max() > 0.1
 
 
@@ -101,7 +103,9 @@ def test_hard_values_of_both_agree_on_every_sample(kind, dtype):
     assert torch.equal(hard(coupling.z), coupling.hard)
     assert torch.equal(hard(coupling.z_given_hard), coupling.hard)
     shuffled = COUPLE[kind](logits, u.flip(0), v)
-    assert not torch.equal(hard(shuffled.z_given_hard), coupling.hard)  # the twin: another draw is not coupled
+    assert not torch.equal(
+        hard(shuffled.z_given_hard), coupling.hard
+    )  # the twin: another draw is not coupled
 
 
 @pytest.mark.parametrize("kind", ["binary", "categorical"])
@@ -117,7 +121,9 @@ def test_both_have_the_distribution_of_z(kind):
     error = (chances * (1 - chances) / 200_000).sqrt()
     assert ((coupling.hard.mean(0) - chances) / error).abs().max() < 4
     given = coupling.z_given_hard[coupling.hard[:, 0, 0] == 1, 0, 0]
-    assert (given - coupling.z[coupling.hard[:, 0, 0] == 1, 0, 0]).abs().mean() > 0.3  # another draw, not the same
+    assert (
+        given - coupling.z[coupling.hard[:, 0, 0] == 1, 0, 0]
+    ).abs().mean() > 0.3  # another draw, not the same
 
 
 def toy(t, R=20_000, logit=0.0):
@@ -161,8 +167,8 @@ def test_variance_is_far_below_reinforce_at_minus_one():
 
 
 def test_variance_of_many_bits_is_below_the_best_constant_baseline():
-    """One bit says little: there a constant baseline is perfect. Ten bits, f = sum (b + 1)^2: REBAR beats every constant
-    by more than two; without the coupling it loses to it."""
+    """One bit says little: there a constant baseline is perfect. Ten bits, f = sum (b + 1)^2: REBAR beats every
+    constant by more than two; without the coupling it loses to it."""
     logits = torch.linspace(-1, 1, 10, dtype=torch.float64).expand(20_000, 10).clone().requires_grad_()
     _, _, f = toy(-1.0)
     coupling = couple_binary(logits, *uniforms(logits, 1))

@@ -62,7 +62,9 @@ def test_chunks_are_the_whole(ppca):
         model = Listed()
         found = log_likelihood(model, x, samples=1000, chunk=chunk)
         assert model.largest <= chunk
-        torch.testing.assert_close(found.log_likelihood, whole.logsumexp(0) - math.log(1000), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            found.log_likelihood, whole.logsumexp(0) - math.log(1000), rtol=1e-9, atol=1e-9
+        )
         torch.testing.assert_close(found.ess, ess)
         torch.testing.assert_close(found.pareto_k, pareto_k(whole, 1000), rtol=1e-6, atol=1e-6)
 
@@ -86,7 +88,7 @@ def test_ess_falls_with_the_encoder(ppca):
 
 @pytest.mark.parametrize("shape", [-0.3, 0.2, 0.7, 1.2])
 def test_pareto_k_finds_the_shape_of_the_tail(shape):
-    """Weights with a generalised Pareto tail of known shape; its pull towards 1/2 is that of ten observations in 213."""
+    """Weights with a generalised Pareto tail of known shape; pulled to 1/2 as by ten observations in 213."""
     w = genpareto.rvs(shape, size=(5000, 60), random_state=0)
     lw = torch.as_tensor(w + 1.0).log()  # a bounded tail must not end below 0
     found = pareto_k(lw, 5000)
@@ -132,5 +134,7 @@ def test_agrees_with_log_weights(ppca, device):
     model = ppca(off=0.1, dtype=torch.float32, device=device)
     x = model.data(4)
     found = log_likelihood(model, x, 2000, generator=torch.Generator(device=device).manual_seed(0))
-    direct = log_weights(model, x, 2000, torch.Generator(device=device).manual_seed(1)).logsumexp(0) - math.log(2000)
+    direct = log_weights(model, x, 2000, torch.Generator(device=device).manual_seed(1)).logsumexp(
+        0
+    ) - math.log(2000)
     assert (found.log_likelihood - direct).abs().max() < 6 * found.standard_error.max()

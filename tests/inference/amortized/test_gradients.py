@@ -79,7 +79,9 @@ def test_stl_and_dreg_vanish_at_the_exact_encoder(ppca):
     for estimator in (stl, dreg, partial(stl, bound=elbo)):
         for gradient in gradients(estimator(terms), model.encoder):
             assert gradient.abs().max() < 1e-12
-    assert max(g.abs().max() for g in gradients(pathwise(terms, elbo), model.encoder)) > 0.01  # has only mean zero
+    assert (
+        max(g.abs().max() for g in gradients(pathwise(terms, elbo), model.encoder)) > 0.01
+    )  # has only mean zero
     assert max(g.abs().max() for g in gradients(pathwise(terms), model.encoder)) > 0.01
     moved = log_terms(ppca(off=0.1), model.data(6), 8)
     assert moved.path.std() > 0.05
@@ -116,17 +118,21 @@ def test_dreg_has_the_mean_of_iwae_and_stl_has_not(ppca, scores):
     assert scores(difference, 0.0).abs().max() < 4
     biased = per_replicate(stl(terms).encoder, leaves) - plain
     assert scores(biased, 0.0).abs().max() > 20
-    wrong = per_replicate((terms.path.detach().softmax(0) * terms.path).sum(0), leaves) - plain  # unsquared: STL
+    wrong = (
+        per_replicate((terms.path.detach().softmax(0) * terms.path).sum(0), leaves) - plain
+    )  # unsquared: STL
     torch.testing.assert_close(wrong, biased)
-    one = per_replicate(stl(terms, elbo).encoder, leaves) - per_replicate(pathwise(terms, elbo).encoder, leaves)
+    one = per_replicate(stl(terms, elbo).encoder, leaves) - per_replicate(
+        pathwise(terms, elbo).encoder, leaves
+    )
     assert scores(one, 0.0).abs().max() < 4  # under the ELBO it is unbiased
 
 
 def test_signal_to_noise_falls_for_iwae_and_grows_for_dreg(ppca):
     """Slope of the encoder's log signal-to-noise in log K: about -1/2 and +1/2. 40,000 replicates, K = 4 to 64.
 
-    From K = 4: below, the asymptotics that give the slopes have not begun. The standard error of a slope, from halves of
-    the replicates, is below 0.05.
+    From K = 4: below, the asymptotics that give the slopes have not begun. The slopes of two halves of
+    the replicates agree within 0.15.
     """
     model = ppca(off=0.3)
     x, R, ladder = model.data(1), 40_000, [4, 8, 16, 32, 64]
@@ -218,7 +224,11 @@ def test_two_layers_dreg_has_the_mean_of_iwae_and_a_cut_chain_has_not():
         held = q.stopped()
         joint, proposal = model.log_joint(x, z), q.log_prob(z)
         terms = LogTerms(joint, proposal, held.log_prob(z))
-        severed = held.first.log_prob(z[0]) + held.log_prob((z[0].detach(), z[1])) - held.first.log_prob(z[0].detach())
+        severed = (
+            held.first.log_prob(z[0])
+            + held.log_prob((z[0].detach(), z[1]))
+            - held.first.log_prob(z[0].detach())
+        )
         twin = LogTerms(joint, proposal, severed)
         torch.testing.assert_close(twin.stopped, terms.stopped)
         plain = torch.stack(gradients(pathwise(terms), model.encoder))
@@ -236,7 +246,10 @@ def test_backward_gives_each_group_its_own_surrogate(ppca):
     model = ppca(off=0.2)
     for estimator in (pathwise, stl, dreg):
         estimate = estimator(log_terms(model, model.data(3), 5))
-        expected = [*gradients(estimate, model.decoder, "decoder"), *gradients(estimate, model.encoder, "encoder")]
+        expected = [
+            *gradients(estimate, model.decoder, "decoder"),
+            *gradients(estimate, model.encoder, "encoder"),
+        ]
         for p in (*model.decoder, *model.encoder):
             p.grad = torch.ones_like(p)  # what is there is added to
         backward(estimate, model.decoder, model.encoder)

@@ -33,7 +33,9 @@ def test_sparsemax_is_the_projection_and_softmax_the_other_end(table):
     torch.testing.assert_close(sparse_probabilities(table, 2.0), projection(table))
     torch.testing.assert_close(sparse_probabilities(table, 1.0), table.softmax(-1))
     torch.testing.assert_close(sparse_probabilities(table, 1.0 + 1e-6), table.softmax(-1), atol=1e-4, rtol=0)
-    torch.testing.assert_close(sparse_probabilities(table, 1.5), sparse_probabilities(table, 1.5 + 1e-9), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        sparse_probabilities(table, 1.5), sparse_probabilities(table, 1.5 + 1e-9), atol=1e-5, rtol=0
+    )
     support = [(sparse_probabilities(table, alpha) > 0).sum().item() for alpha in (1.0, 1.5, 2.0)]
     assert support[0] == 20 and support[0] > support[1] > support[2]
 
@@ -60,7 +62,9 @@ def test_bound_and_gradient_are_the_full_sum(table, alpha):
     torch.testing.assert_close(*pair)
     step = torch.zeros_like(logits)
     step[1, 2] = 1e-6
-    moved = [sparse_elbo(log_joint, sparse_probabilities(logits.detach() + s * step, alpha)).sum() for s in (1, -1)]
+    moved = [
+        sparse_elbo(log_joint, sparse_probabilities(logits.detach() + s * step, alpha)).sum() for s in (1, -1)
+    ]
     torch.testing.assert_close(pair[0][1, 2], (moved[0] - moved[1]) / 2e-6, atol=1e-5, rtol=1e-4)
 
 
@@ -68,7 +72,9 @@ def test_exact_gradient_is_what_sampling_estimates(table):
     """alpha = 1 against REINFORCE with leave-one-out of the same q: 4 standard errors of 20,000 draws of four."""
     logits = (0.5 * table[:1]).expand(20_000, 5).clone().requires_grad_()
     log_q = logits.log_softmax(-1)
-    z = torch.multinomial(log_q.detach().exp(), 4, replacement=True, generator=torch.Generator().manual_seed(0)).T
+    z = torch.multinomial(
+        log_q.detach().exp(), 4, replacement=True, generator=torch.Generator().manual_seed(0)
+    ).T
     score = log_q.gather(1, z.T).T
     terms = LogTerms(table[0][z], score, score.detach())
     drawn = torch.autograd.grad(reinforce_loo(terms).encoder.sum(), logits)[0]
