@@ -51,7 +51,7 @@ def test_unbiased_against_known_evidence_with_few_temperatures(ppca, monkeypatch
 
 def test_more_temperatures_tighten_what_plain_samples_cannot_find(ppca):
     """From the prior, 20,000 plain samples are worth fewer than 32 annealed chains, and Pareto k says so."""
-    model = Prior(ppca(d=4, big=12, noise=0.15))
+    model = Prior(ppca(d=7, big=12, noise=0.15))
     x = model.model.data(3)
     evidence = model.model.evidence(x).detach()
     plain = log_likelihood(model, x, 20_000, generator=seeded())
