@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,8 @@ def pyro_step(samples: int, x: Tensor) -> Step:
         alpha=0, num_particles=samples, vectorize_particles=True, max_plate_nesting=1,
         strict_enumeration_warning=False,
     )  # fmt: skip
-    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss=loss)
+    adam = pyro.optim.Adam({"lr": 1e-3})  # type: ignore[attr-defined]
+    svi = pyro.infer.SVI(model, guide, adam, loss=loss)
     return lambda: svi.step(x)
 
 
@@ -175,11 +177,9 @@ def run(samples: int, rounds: int, pythae: Pythae | None) -> dict[str, Any]:
         "fspace DReG": ours(samples, x, "dreg"),
         "pyro RenyiELBO": pyro_step(samples, x),
     }
-    sides: dict[str, Callable[[int], tuple[float, float]]] = {
-        name: (lambda n, step=step: timed(step, n)) for name, step in here.items()
-    }
+    sides = {name: partial(timed, step) for name, step in here.items()}
     if pythae is not None:
-        sides["pythae IWAE"] = lambda n: pythae.turn(samples, n)
+        sides["pythae IWAE"] = partial(pythae.turn, samples)
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for turn in sides.values():
         turn(2)  # warm up

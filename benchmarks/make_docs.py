@@ -179,8 +179,8 @@ def amortised(result: dict[str, Any]) -> str:
     setting = result["setting"]
     note = (
         f"Milliseconds of processor time a step, medians of {next(iter(cases.values()))['rounds']} turns; batches of"
-        f" {setting['batch']}, {setting['pixels']} pixels, {setting['hidden']} hidden units, {setting['latent']} latents;"
-        f" {result['machine']['threads']} thread(s). "
+        f" {setting['batch']}, {setting['pixels']} pixels, {setting['hidden']} hidden units, {setting['latent']}"
+        f" latents; {result['machine']['threads']} thread(s). "
         + ", ".join(f"{name} {number}" for name, number in result["peers"].items())
         + "."
     )

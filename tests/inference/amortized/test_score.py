@@ -43,6 +43,7 @@ def drawn(enumerable, estimator, K, **options):
     [
         (reinforce, 1, iwae),
         (reinforce, 2, iwae),
+        (reinforce, 3, iwae),
         (vimco, 2, iwae),
         (vimco, 3, iwae),
         (reinforce_loo, 2, elbo),
@@ -105,6 +106,8 @@ def test_leave_one_out_is_the_bound_with_a_geometric_mean_in_its_place():
         replaced = lw.clone()
         replaced[k] = torch.cat([lw[:k], lw[k + 1 :]]).exp().prod(0).pow(1 / 3).log()
         torch.testing.assert_close(found[k], iwae(replaced))
+    far = leave_one_out(torch.tensor([[900.0], [-900.0], [0.0]], dtype=torch.float64))  # by hand
+    torch.testing.assert_close(far[:, 0], torch.tensor([0.0, 900.0, 900.0]).double() - math.log(3))
 
 
 def test_wake_wake_goes_down_the_forward_divergence(enumerable, scores):
