@@ -268,6 +268,27 @@ def experts(result: dict[str, Any]) -> str:
         f" {where(result['machine'])}"
     )
     return "\n\n".join(parts)
+def amortised(result: dict[str, Any]) -> str:
+    """One line a side, a column a number of samples; then the ratio to ours."""
+    cases = result["samples"]
+    sides = list(next(iter(cases.values()))["sides"])
+    body = [
+        [name, *(f"{1e3 * case['sides'][name]['cpu_s']:.1f}" for case in cases.values())] for name in sides
+    ]
+    for name in sides:
+        if not name.startswith("fspace"):
+            ratios = [c["sides"][name]["cpu_s"] / c["sides"]["fspace IWAE"]["cpu_s"] for c in cases.values()]
+            body.append([f"{name} / fspace IWAE", *(f"{ratio:.2f}" for ratio in ratios)])
+    setting = result["setting"]
+    note = (
+        f"Milliseconds of processor time a step, medians of {next(iter(cases.values()))['rounds']} turns; batches of"
+        f" {setting['batch']}, {setting['pixels']} pixels, {setting['hidden']} hidden units, {setting['latent']}"
+        f" latents; {result['machine']['threads']} thread(s). "
+        + ", ".join(f"{name} {number}" for name, number in result["peers"].items())
+        + "."
+    )
+    head = ["side", *(f"K = {samples}" for samples in cases)]
+    return table(head, body) + f"\n\n{note}\n\n{where(result['machine'])}"
 
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -279,6 +300,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "server": server,
     "server_scale": server_scale,
     "experts": experts,
+    "amortised": amortised,
 }
 
 
