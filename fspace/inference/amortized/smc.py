@@ -121,8 +121,8 @@ def filter(
     limit = {"ess": threshold * particles, "always": math.inf, "never": -math.inf}[criterion]
     time = torch.arange(steps, device=device)[:, None]
     last = time == length - 1
-    inner = time < length - 1  # the steps after which a series may be resampled
-    alive = (inner | last).unbind() if bool((length < steps).any()) else None
+    inner = (time < length - 1).unbind()  # the steps after which a series may be resampled
+    alive = (time < length).unbind() if bool((length < steps).any()) else None
     if alive is not None:
         observations = each(lambda leaf: _last_held(leaf, length), observations)
     numbers: list[Tensor] = []

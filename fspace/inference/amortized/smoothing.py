@@ -73,7 +73,9 @@ def backward_simulation(
         backward = log_weight.log_softmax(0)[:, None] + density.double()
         moves = t < filtered.lengths
         possible.append(~moves | backward.logsumexp(0).isfinite().all(0))
-        drawn = inverse_cdf(backward.softmax(0), uniforms[t - 1][None])[0].clamp(max=particles - 1)  # NaN: refused
+        drawn = inverse_cdf(backward.softmax(0), uniforms[t - 1][None])[0].clamp(
+            max=particles - 1
+        )  # NaN: refused
         index = torch.where(moves, drawn, index)
         path.append(each(lambda leaf, index=index: gather(leaf, index), state))
     _check_possible(possible)
