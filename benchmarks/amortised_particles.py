@@ -1,17 +1,17 @@
 """FIVO forward and backward against other particle filters, on one linear-Gaussian model.
 
-    python benchmarks/amortised_particles.py                                         a plain PyTorch filter, Pyro
-    python benchmarks/amortised_particles.py --particles-python ENV/bin/python       and `particles`, from its own environment
-    python benchmarks/amortised_particles.py --rounds 3 --compile 0                  a short look
+    python benchmarks/amortised_particles.py                                      a plain PyTorch filter, Pyro
+    python benchmarks/amortised_particles.py --particles-python ENV/bin/python    and `particles`, in its environment
+    python benchmarks/amortised_particles.py --rounds 3 --compile 0               a short look
 
 z_0 ~ N(0, q), z_t ~ N(a z_t-1, q), x_t ~ N(z_t, r) with a, q, r trained; transition as proposal ("bootstrap"), or a
 linear proposal trained with them ("proposal", whose weights need three densities a step).
 
 The plain filter is the algorithm of AESMC's public code, written anew: resampling after every step by numpy, series by
-series; the whole history re-indexed each step; densities by torch.distributions with its checks, all three at every step
-even where two cancel. `plain, formulas` is the same with the densities written out as on our side, so that what is left
-of the ratio is the filter. Sides take turns within a round; the figures are medians of the processor time (the machine
-has other work: wall-clock seconds are in the result beside it). Pyro and `particles` filter one series without
+series; the whole history re-indexed each step; densities by torch.distributions with its checks, all three at every
+step even where two cancel. `plain, formulas` is the same with the densities written out as on our side, so that what
+is left of the ratio is the filter. Sides take turns within a round; the figures are medians of the processor time (the
+machine has other work: wall-clock seconds are in the result beside it). Pyro and `particles` filter one series without
 gradients: their time for a batch is that of one, times the batch.
 """
 
@@ -58,7 +58,11 @@ def data(steps: int, series: int, seed: int = 0) -> tuple[Tensor, dict[str, Tens
 
 def kalman(x: Tensor, p: dict[str, Tensor]) -> Tensor:
     """log p(x) of each series, in float64."""
-    a, q, r = float(p["a"].detach()), math.exp(2 * float(p["log_q"])), math.exp(2 * float(p["log_r"]))
+    a, q, r = (
+        float(p["a"].detach()),
+        math.exp(2 * float(p["log_q"].detach())),
+        math.exp(2 * float(p["log_r"].detach())),
+    )
     mean, variance, total = torch.zeros(x.shape[1]).double(), q, torch.zeros(x.shape[1]).double()
     for t, value in enumerate(x.double()):
         if t:
@@ -139,6 +143,8 @@ def plain(
         return d.rsample() if d.batch_shape == (batch, particles) else d.rsample((batch, particles))
 
     def log_prob(d: Any, value: Tensor) -> Tensor:
+        if not formulas:
+            d._validate_sample(value)  # as there: once here, and once more inside log_prob
         found = normal(value, *d) if formulas else d.log_prob(value)
         return found.reshape(batch, particles, -1).sum(2)
 
@@ -281,7 +287,7 @@ def main() -> None:
     for name in ("bootstrap", "proposal"):
         proposal = name == "proposal"
         functions = model(p, proposal)
-        sides: dict[str, Callable[[], Any]] = {
+        sides: dict[str, Any] = {
             "fspace": lambda f=functions: ours(x, p, n, f),
             "fspace, resampled after every step": lambda f=functions: ours(x, p, n, f, criterion="always"),
             "plain filter": lambda q=proposal: plain(x, p, n, q, rng, formulas=False),
@@ -289,12 +295,10 @@ def main() -> None:
         }
         found: dict[str, Any] = {}
         if args.compile:
-            compiled = (functions[0], torch.compile(functions[1]))
             start = time.perf_counter()
-            for _ in range(2):
-                ours(x, p, n, compiled)
+            ours(x, p, n, functions, compiled=True)
             found["compile_s"] = time.perf_counter() - start
-            sides["fspace, step compiled"] = lambda f=compiled: ours(x, p, n, f)
+            sides["fspace, compiled"] = lambda f=functions: ours(x, p, n, f, compiled=True)
         found["times"] = race(sides, args.rounds)
         found["bound"] = {s: bound(sides[s], truth, 10) for s in ("fspace", "plain filter")}
         base = found["times"]["fspace"]["cpu_s"]

@@ -109,11 +109,11 @@ def filter(
     what was drawn is the length of an interval that may be arbitrarily short, and its score has infinite variance.
 
     uniforms are resampling's random numbers, [T, 1, B] for "systematic", [T, N, B] for the others, [T, N, N, B] for
-    relaxed ancestors; drawn from `generator` (on the observations' device) where not given. compiled=True runs each
-    step, the model's and the filter's, through torch.compile, again for every new `step` and shape. Weights are float64;
-    gradients are of first order. Raises DataError for lengths, observations or noise that do not fit, OptionError for
-    an option and for what init, step or twist return, NumericalError where a series' weights are NaN, +inf or all
-    -inf, naming series and step.
+    relaxed ancestors; drawn from `generator` (on the observations' device) where not given. compiled=True puts each
+    step, the model's and the filter's, through torch.compile, anew for every `step` object and shape.
+    Weights are float64; gradients are of first order. Raises DataError for lengths, observations or noise that do not
+    fit, OptionError for an option and for what init, step or twist return, NumericalError where a series' weights are
+    NaN, +inf or all -inf, naming series and step.
     Sources: Maddison et al. 2017 (Filtering Variational Objectives); Lawson et al. 2022 (SIXO).
     """
     checks.options(particles, resampling, criterion, threshold, ancestor_grad, temperature)
