@@ -26,6 +26,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -96,14 +97,13 @@ def model(p: dict[str, Tensor], proposal: bool) -> tuple[Callable[..., Any], Cal
     return init, step
 
 
-def ours(
-    x: Tensor, p: dict[str, Tensor], particles: int, functions: Any, backward: bool = True, **options: Any
-) -> Tensor:
+def ours(x: Tensor, particles: int, functions: Any, backward: bool = True, **options: Any) -> Tensor:
     """log evidence [B], after its gradient."""
     from fspace.inference.amortized import smc
 
     noise = torch.randn(len(x), particles, x.shape[1])
-    found = smc.filter(*functions, x, None, particles, noise=noise, **options)
+    init, step = functions
+    found = smc.filter(init, step, x, None, particles, noise=noise, **options)
     if backward:
         found.surrogate.mean().backward()
     return found.log_evidence.detach()
@@ -257,82 +257,99 @@ def bound(side: Callable[[], Any], truth: Tensor, repeats: int) -> dict[str, flo
     return {"gap": float(gaps.mean()), "standard_error": float(gaps.std() / math.sqrt(repeats))}
 
 
-def main() -> None:
-    """Run, print, write."""
+def fivo(
+    x: Tensor, p: dict[str, Tensor], n: int, proposal: bool, rounds: int, compiled: bool
+) -> dict[str, Any]:
+    """Forward and backward of one model at one size."""
+    rng = np.random.default_rng(0)
+    functions = model(p, proposal)
+    sides: dict[str, Any] = {
+        "fspace": lambda: ours(x, n, functions),
+        "fspace, resampled after every step": lambda: ours(x, n, functions, criterion="always"),
+        "plain filter": lambda: plain(x, p, n, proposal, rng, formulas=False),
+        "plain, formulas": lambda: plain(x, p, n, proposal, rng, formulas=True),
+    }
+    steps, series = x.shape
+    found: dict[str, Any] = {"proposal": proposal, "steps": steps, "series": series, "particles": n}
+    if compiled:
+        start = time.perf_counter()
+        ours(x, n, functions, compiled=True)
+        found["compile_s"] = time.perf_counter() - start
+        sides["fspace, compiled"] = lambda: ours(x, n, functions, compiled=True)
+    times = found["times"] = race(sides, rounds)
+    truth = kalman(x, p)
+    found["bound"] = {side: bound(sides[side], truth, 10) for side in ("fspace", "plain filter")}
+    found["faster"] = {
+        f"{side}, against {peer}": times[peer]["cpu_s"] / times[side]["cpu_s"]
+        for side in ("fspace", "fspace, compiled")
+        if side in times
+        for peer in ("plain filter", "plain, formulas")
+    }
+    return found
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print one size."""
     from rich.console import Console
     from rich.table import Table
 
+    name = "proposal" if found["proposal"] else "bootstrap"
+    title = f"{name}: T={found['steps']}, B={found['series']}, N={found['particles']}, forward and backward"
+    table = Table("", "ms", "wall ms", title=title)
+    for side, taken in found["times"].items():
+        table.add_row(side, f"{1e3 * taken['cpu_s']:.1f}", f"{1e3 * taken['wall_s']:.1f}")
+    Console().print(table)
+    for name, ratio in found["faster"].items():
+        common.say(f"{name}: {ratio:.1f} times faster")
+    for side, gap in found["bound"].items():
+        common.say(f"{side}: log evidence less log p(x) {gap['gap']:.2f} +- {gap['standard_error']:.2f}")
+
+
+def main() -> None:
+    """Run, print, write."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--series", type=int, default=64)
-    parser.add_argument("--particles", type=int, default=64)
+    parser.add_argument(
+        "--sizes",
+        default="100x64x64,200x64x64,100x64x16",
+        help="steps x series x particles, the first in full",
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--compile", type=int, default=1, help="0: leave out the compiled step")
     parser.add_argument("--particles-python", help="a Python that has the package particles")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    x, p = data(args.steps, args.series)
-    truth = kalman(x, p)
-    n = args.particles
-    result: dict[str, Any] = {
-        "steps": args.steps,
-        "series": args.series,
-        "particles": n,
-        "rounds": args.rounds,
-    }
-    for name in ("bootstrap", "proposal"):
-        proposal = name == "proposal"
-        functions = model(p, proposal)
-        sides: dict[str, Any] = {
-            "fspace": lambda f=functions: ours(x, p, n, f),
-            "fspace, resampled after every step": lambda f=functions: ours(x, p, n, f, criterion="always"),
-            "plain filter": lambda q=proposal: plain(x, p, n, q, rng, formulas=False),
-            "plain, formulas": lambda q=proposal: plain(x, p, n, q, rng, formulas=True),
-        }
-        found: dict[str, Any] = {}
-        if args.compile:
-            start = time.perf_counter()
-            ours(x, p, n, functions, compiled=True)
-            found["compile_s"] = time.perf_counter() - start
-            sides["fspace, compiled"] = lambda f=functions: ours(x, p, n, f, compiled=True)
-        found["times"] = race(sides, args.rounds)
-        found["bound"] = {s: bound(sides[s], truth, 10) for s in ("fspace", "plain filter")}
-        base = found["times"]["fspace"]["cpu_s"]
-        found["faster_than_plain"] = found["times"]["plain filter"]["cpu_s"] / base
-        found["faster_than_formulas"] = found["times"]["plain, formulas"]["cpu_s"] / base
-        result[name] = found
-        table = Table(
-            "", "ms", "wall ms", title=f"{name}: T={args.steps}, B={args.series}, N={n}, forward and backward"
-        )
-        for side, taken in found["times"].items():
-            table.add_row(side, f"{1e3 * taken['cpu_s']:.1f}", f"{1e3 * taken['wall_s']:.1f}")
-        Console().print(table)
-        common.say(f"faster than the plain filter {found['faster_than_plain']:.1f}, with formulas"
-                   f" {found['faster_than_formulas']:.1f}; bounds {found['bound']}")  # fmt: skip
+    sizes = [tuple(map(int, size.split("x"))) for size in args.sizes.split(",")]
+    result: dict[str, Any] = {"rounds": args.rounds, "fivo": []}
+    for k, (steps, series, n) in enumerate(sizes):
+        x, p = data(steps, series)
+        for proposal in (False, True) if k == 0 else (False,):
+            result["fivo"].append(fivo(x, p, n, proposal, args.rounds, bool(args.compile) and k == 0))
+            show(result["fivo"][-1])
 
-    def without_gradient(series: int) -> None:
+    steps, series, n = sizes[0]
+    x, p = data(steps, series)
+
+    def without_gradient(columns: int) -> None:
         with torch.no_grad():
-            ours(x[:, :series], p, n, model(p, False), backward=False)
+            ours(x[:, :columns], n, model(p, False), backward=False)
 
     single = {
         "fspace, one series": lambda: without_gradient(1),
-        "fspace, the batch": lambda: without_gradient(args.series),
+        "fspace, the batch": lambda: without_gradient(series),
     }
     one: dict[str, Any] = {name: t["cpu_s"] for name, t in race(single, args.rounds).items()}
-    one["Pyro SMCFilter"] = statistics.median(pyro_filter(x, p, n) for _ in range(args.rounds))
+    one["Pyro SMCFilter, one series"] = statistics.median(pyro_filter(x, p, n) for _ in range(args.rounds))
     if args.particles_python:
         peer = particles_filter(args.particles_python, x, p, n, args.rounds)
-        one["particles"] = peer["seconds"]
-        result["particles_versions"] = peer["versions"]
-        result["particles_gap"] = peer["log_evidence"] - float(truth[0])
+        one["particles, one series"] = peer["seconds"]
+        result["particles"] = peer | {"log_p": float(kalman(x, p)[0])}
     result["without_gradient_s"] = one
     for name, seconds in one.items():
         common.say(f"{name}, no gradient: {1e3 * seconds:.1f} ms")
-    result["pyro"] = common._version("pyro-ppl")
+    result["pyro"] = version("pyro-ppl")
     result["machine"] = common.machine()
     common.write("amortised_particles", result)
 

@@ -12,8 +12,8 @@ import time
 from importlib.metadata import version
 
 import numpy as np
-import particles
-from particles import distributions
+import particles  # type: ignore[import-not-found]
+from particles import distributions  # type: ignore[import-not-found]
 from particles import state_space_models as ssm
 
 
@@ -46,10 +46,16 @@ def main(data_path, out_path):
         if k > 1:
             taken.append(time.process_time() - start)
             evidence.append(filtered.logLt)
-    found = {"seconds": float(np.median(taken)), "log_evidence": float(np.mean(evidence))}
-    found["versions"] = {name: version(name) for name in ("particles", "numpy", "numba")}
+    versions = {name: version(name) for name in ("particles", "numpy", "numba")}
     with open(out_path, "w") as file:
-        json.dump(found, file)
+        json.dump(
+            {
+                "seconds": float(np.median(taken)),
+                "log_evidence": float(np.mean(evidence)),
+                "versions": versions,
+            },
+            file,
+        )
 
 
 if __name__ == "__main__":

@@ -306,6 +306,8 @@ class _LogEvidence(torch.autograd.Function):
 
 def gather(leaf: Tensor, index: Int[Tensor, "m b"]) -> Tensor:
     """leaf[index[m, b], b] of a tensor [N, B, ...]: [M, B, ...]."""
+    if leaf.ndim == 2:
+        return leaf.gather(0, index)
     particles, series = leaf.shape[:2]
     if leaf.numel() == particles * series:
         return leaf.gather(0, index.reshape(*index.shape, *[1] * (leaf.ndim - 2)))

@@ -260,6 +260,18 @@ def test_first_order_gradients_also_by_functional_transforms():
     assert torch.equal(torch.func.grad(bound)(torch.tensor(0.7)), expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, SCORE, {"criterion": "never"}], ids=["ess", "score", "never"])
+def test_compiled_steps_give_the_same(options):
+    x, noise, uniforms = inputs()
+    x[LENGTHS[1] :, 1] = torch.nan
+    plain, gradient = evaluate(x, LENGTHS, noise, uniforms, **options)
+    fast, same = evaluate(x, LENGTHS, noise, uniforms, compiled=True, **options)
+    assert torch.equal(plain.ancestors, fast.ancestors)
+    assert torch.allclose(plain.log_evidence, fast.log_evidence, rtol=1e-10)
+    assert torch.allclose(gradient, same, rtol=1e-8, atol=1e-10)
+
+
 def test_device(device):
     """The same answer wherever it runs."""
     x, noise, uniforms = inputs()
