@@ -96,7 +96,8 @@ def filter(
     after a series' end is not looked at: step then sees its last observation, and what it answers is dropped.
     resampling: "systematic", "stratified", "multinomial" or "residual". criterion: a series is resampled where its
     effective sample size is at most threshold * N ("ess"), after every step ("always"), or "never", which makes the
-    log evidence the importance-weighted bound (IWAE). No series is resampled after its last step.
+    log evidence the importance-weighted bound (IWAE). No series is resampled after its last step. Where observations
+    say much, a threshold nearer to 1 gives a tighter bound.
 
     ancestor_grad says what the gradient of `surrogate` does about the choice of ancestors:
       None       nothing: low variance, biased.
