@@ -8,8 +8,8 @@ A model is two pure functions; N particles, B series, observations a tensor or a
 state is a tensor or a pytree of tensors [N, B, ...] with whatever the next step needs: the latent, a recurrent state, a
 function drawn for each particle. log_weight is [N, B], a log density ratio. observation is the slice [B, ...] of step
 t, and noise the slice [N, B, ...] of `noise` [T, N, B, ...], random numbers drawn beforehand; where none are given it
-is None, and a model that needs some draws them itself. A twist is twist(state, t) -> log r_t(z_t) [N, B], finite; it is called at every
-step, and what it says where a series ends is not used: r_T = 1.
+is None, and a model that needs some draws them itself. A twist is twist(state, t) -> log r_t(z_t) [N, B], finite; it is
+called at every step, and what it says where a series ends is not used: r_T = 1.
 """
 
 from __future__ import annotations
