@@ -268,6 +268,8 @@ def experts(result: dict[str, Any]) -> str:
         f" {where(result['machine'])}"
     )
     return "\n\n".join(parts)
+
+
 def amortised(result: dict[str, Any]) -> str:
     """One line a side, a column a number of samples; then the ratio to ours."""
     cases = result["samples"]
