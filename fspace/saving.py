@@ -193,6 +193,8 @@ def _describe(member: GPPosterior, prefix: str, tensors: dict[str, torch.Tensor]
     if basis.noise_function is not None:
         tensors |= {f"{prefix}noise_function.{k}": v for k, v in basis.noise_function.state_dict().items()}
     tensors |= {f"{prefix}scaling.{k}": getattr(member.scaling, k) for k in SCALING}
+    if member.scaling.mixing is not None:
+        tensors[f"{prefix}scaling.mixing"] = member.scaling.mixing
     tensors[f"{prefix}inducing_inputs"] = basis.inducing_inputs
     for i, site in enumerate(member.sites.values()):
         tensors |= {f"{prefix}site{i}.{k}": getattr(site, k) for k in ("precision", "shift", "log_scale")}
@@ -297,6 +299,11 @@ def _member(
             basis.id, *numbers, about["count"], about["name"], version=about["version"]
         )
     kind = GPPosterior if described is None else LikelihoodPosterior
+    mixing, t = part("scaling").get("mixing"), spec["outputs"]
+    if mixing is not None and not (
+        mixing.shape == (t, t) and bool(torch.linalg.slogdet(mixing)[1].isfinite())
+    ):
+        raise ModelFileError(f"The saved mixing of the outputs is no invertible {t} x {t} matrix.")
     return kind(basis, sites, Scaling(**part("scaling")), spec["vector"])
 
 
