@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -102,8 +103,27 @@ def _read_parquet(file: Path) -> pd.DataFrame:
         raise DataError(f"{str(file)!r} is not a whole Parquet file (cut off or damaged): {error}") from error
 
 
+def csv_separator(file: Path) -> str | None:
+    """What stands between the cells, by the ending; None: to be found. Raises DataError for a .csv of semicolons."""
+    separator = {".tsv": "\t", ".txt": None}.get(file.name.removesuffix(".gz")[-4:].lower(), ",")
+    if separator == ",":
+        opened: Any = gzip.open if file.name.endswith(".gz") else open
+        try:
+            with opened(file, "rt", encoding="utf-8", errors="replace") as stream:
+                head = [stream.readline() for _ in range(2)]
+        except (OSError, EOFError):  # to be told by whoever reads it
+            return separator
+        if head[0].count(";") > head[0].count(",") and ";" in head[1]:
+            raise DataError(
+                f"{str(file)!r} is separated by semicolons, not commas; whether 1,5 is one and a half in it is not "
+                "known here. Export it with commas and decimal points, or rewrite it in Python: pandas.read_csv("
+                f"{file.name!r}, sep=';', decimal=',').to_csv('commas.csv', index=False)."
+            )
+    return separator
+
+
 def _read_csv(file: Path) -> pd.DataFrame:
-    separator: Any = {".tsv": "\t", ".txt": None}.get(file.name.removesuffix(".gz")[-4:].lower(), ",")
+    separator: Any = csv_separator(file)
     try:
         table = pd.read_csv(file, sep=separator, engine="python" if separator is None else "c")
     except pd.errors.EmptyDataError as error:

@@ -19,7 +19,7 @@ PACKAGE = {
 }
 HEAVY = [
     "botorch", "matplotlib", "pandas", "pyarrow", "polars", "sklearn.ensemble", "sklearn.gaussian_process",
-    "sklearn.linear_model", "typer", "ray", "pyro", "posteriors",
+    "sklearn.linear_model", "typer", "ray", "pyro", "posteriors", "fastapi", "uvicorn", "httpx",
 ]  # fmt: skip
 
 

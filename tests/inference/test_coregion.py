@@ -1,4 +1,4 @@
-"""Coregionalised outputs against the dense Kronecker formula, on simulated truth, and in everything a posterior does."""
+"""Coregionalised outputs against the dense Kronecker formula, on simulated truth, and in all that a posterior does."""
 
 import math
 import os
