@@ -59,6 +59,7 @@ class GPRegressor(RegressorMixin, GPEstimator):
     outputs: of y [n, t], "independent" (one kernel, a noise variance for each), or "coregionalised": functions of
         covariance B_st k(x, x') and noise that is correlated between the outputs, B and the noise covariance learned
         from the data (Gaussian noise only; Bonilla, Chai and Williams 2008). Predictions are joint over the outputs.
+        Where the evidence gains less than a nat for each number learned, the outputs stay independent.
     inducing: most inducing inputs of the collapsed posterior; or a number below 1, the share of the prior variance
         they may leave unexplained, and as many are taken (2,000 at most).
     members: deep kernels in the ensemble.
@@ -131,7 +132,13 @@ class GPRegressor(RegressorMixin, GPEstimator):
         else:
             shift = columns.mean(axis=0)
             spread = (columns - shift).std(axis=0)
-            scale = np.where(spread > 1e-13 * np.maximum(np.abs(shift), 1e-300), spread, 1.0)
+            constant = spread <= 1e-13 * np.maximum(np.abs(shift), 1e-300)
+            scale = np.where(constant, 1.0, spread)
+            if self.outputs == "coregionalised" and constant.any():
+                raise DataError(
+                    f"Target {target_names(y, target)[constant.argmax()]!r} has the same value in every row, so that it "
+                    "is correlated with nothing; leave it out, or outputs='independent'."
+                )
         likelihood: Any = None
         if link:
             likelihood = with_offset(copy.deepcopy(given), torch.from_numpy((columns - shift) / scale))

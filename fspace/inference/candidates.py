@@ -241,7 +241,8 @@ def _fitted(plan: Plan, done: Finished, full: Scaling, name: str) -> Fitted:
 def _rotated(
     plan: Plan, kernel: Kernel, likelihood: GaussianLikelihood, x: Inputs, full: Scaling, most: int
 ) -> tuple[Plan, GaussianLikelihood, Scaling]:
-    """Plan, noise and scaling of rotated outputs, which are independent of each other where y's are not.
+    """Plan, noise and scaling of rotated outputs, which are independent of each other where y's are not; as they came
+    where the outputs do not go together.
 
     Learned at the kernel as it is, from the rows of an exact posterior or, of a sparse one, those not held out. (The
     kernel learned anew from the rotated outputs was on no table better by more than chance, and on some worse.)
@@ -254,6 +255,8 @@ def _rotated(
         basis = Basis(kernel, inducing_inputs(kernel, x, most, plan.tolerance), likelihood)
         seen, y = x[plan.rest], plan.y[plan.rest]
     rotation = learn_rotation(basis, seen, y, Rotation.none(likelihood))
+    if rotation is None:
+        return plan, likelihood, full
     turned = replace(plan, y=rotation.rotated(plan.y))
     return turned, rotation.likelihood(), replace(full, mixing=rotation.mixing)
 

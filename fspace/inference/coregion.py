@@ -3,7 +3,7 @@
 One invertible W diagonalises both: W B W' = I and W Sigma W' = diag(noise). In the rotated outputs W y everything is
 independent, so the posterior of independent outputs is exact for them and costs O(t m^3), not O((t m)^3). W and the
 noise are learned by the collapsed bound of y, which is that of W y plus n log |det W|.
-Sources: Bonilla, Chai and Williams (2008), eq. 2-4 (the model); Rakitsch et al. (2013), eq. 5-7 (the rotation).
+Sources: Bonilla, Chai and Williams (2008) for B, Rakitsch et al. (2013) for Sigma and the rotation.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ from fspace.inference.optimise import MIN_NOISE, gaussian_likelihood, lbfgs
 from fspace.inference.source import Inputs
 
 STEPS = 200  # of L-BFGS; each costs O(t^2 m)
-B_ROWS = (
-    1.0  # worth of belief that the functions are not correlated; that the noise is not: one more than outputs
-)
+B_ROWS = 1.0  # how many rows' worth of belief pulls B to no correlation; for the noise it is one more than outputs
 
 
 @dataclass(frozen=True)
@@ -66,13 +64,17 @@ class Rotation:
 
 
 @torch.no_grad()
-def learn_rotation(basis: Basis, x: Inputs, y: Float[Tensor, "n t"], start: Rotation) -> Rotation:
+def learn_rotation(basis: Basis, x: Inputs, y: Float[Tensor, "n t"], start: Rotation) -> Rotation | None:
     """The rotation that maximises the penalised bound of all rows at a fixed kernel. The basis' noise is not used.
 
+    None where the bound gains less, over outputs as they are, than a nat for each of the t^2 - 1 numbers more that are
+    learned (Akaike 1974): of outputs that do not go together, correlations learned from few rows predict worse.
     Raises NumericalError where no factorisation succeeds.
     """
-    whitened = gather_whitened(basis, x, y)
-    return maximise(Spectrum.of(whitened, y.mT @ y), start)
+    spectrum = Spectrum.of(gather_whitened(basis, x, y), y.mT @ y)
+    found = maximise(spectrum, start)
+    gain = spectrum.bound(found.unmixing, found.noise) - spectrum.bound(start.unmixing, start.noise)
+    return found if gain > y.shape[1] ** 2 - 1 else None
 
 
 @dataclass(frozen=True)
@@ -142,15 +144,15 @@ def maximise(spectrum: Spectrum, start: Rotation) -> Rotation:
         turn = torch.eye(len(b), dtype=b.dtype, device=b.device, requires_grad=True)
         level = first.noise.log().requires_grad_()
 
-        def loss() -> float:
+        def loss() -> Tensor:
             unmixing, noise = turn @ first.unmixing, level.exp()
             log_det = torch.linalg.slogdet(unmixing)[1]
             of_b = (unmixing.square() @ b).sum() - 2.0 * log_det
             of_sigma = (unmixing.square() @ sigma / noise + level).sum() - 2.0 * log_det
             pull = 0.5 * (B_ROWS * of_b + (len(b) + 1) * of_sigma)
-            value = pull - spectrum.bound(unmixing, noise)
-            (value / spectrum.count).backward()
-            return value.item() / spectrum.count
+            value = (pull - spectrum.bound(unmixing, noise)) / spectrum.count
+            value.backward()
+            return value.detach()
 
         lbfgs(loss, [turn, level], STEPS, lambda value: None)
     return Rotation(turn.detach() @ first.unmixing, level.detach().exp().clamp(min=1.001 * MIN_NOISE))

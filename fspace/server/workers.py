@@ -79,7 +79,7 @@ class Worker:
     def step(self, own: Site, cavity: Site) -> Site:
         """The next site from the last one and what all others say."""
         x, y = self.rows
-        return new_site(self.basis, x, y, own, cavity, self.how)
+        return self.scaling.with_jacobian(new_site(self.basis, x, y, own, cavity, self.how))
 
     def learn_from(self, parameters: list[Tensor]) -> None:
         """Move the worker's own copy of the basis to new parameters of kernel and inducing inputs."""
@@ -148,7 +148,7 @@ def in_units_of_basis(
         if not set(y.unique().tolist()) <= labels:
             raise DataError(f"Shard {name!r}: y must hold classes 0 to {likelihood.classes - 1}.")
         return x, y
-    y = (y - scaling.y_shift) / scaling.y_scale
+    y = scaling.modelled(y)
     if isinstance(likelihood, OffsetLikelihood):
         y = y + likelihood.offset.detach()
     return x, y

@@ -56,7 +56,8 @@ def built(x=X, y=Y, mixing=True):
     """A posterior with B, SIGMA and the kernel as they are, all rows inducing."""
     noise, w = eigh(SIGMA, B)  # w' B w = I, w' SIGMA w = diag(noise)
     kernel = ScaleKernel(MaternKernel(nu=2.5)).double().requires_grad_(False)
-    kernel.outputscale, kernel.base_kernel.lengthscale = VARIANCE, LENGTH
+    kernel.outputscale = torch.tensor(VARIANCE, dtype=torch.float64)  # a float would be rounded
+    kernel.base_kernel.lengthscale = torch.tensor(LENGTH, dtype=torch.float64)
     likelihood = gaussian_likelihood(T, 0.1, torch.device("cpu")).requires_grad_(False)
     likelihood.noise = torch.tensor(noise if mixing else np.diag(SIGMA))[:, None]
     one = torch.ones(D, dtype=torch.float64)
