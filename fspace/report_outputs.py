@@ -16,6 +16,11 @@ def correlations_of_outputs(model: Any, targets: Sequence[str]) -> str:
     """Tables of the correlations of the functions and of the noise; nothing where outputs are independent."""
     if getattr(model, "outputs", None) != "coregionalised":
         return ""
+    if not np.any(np.triu(model.noise_covariance_, 1)):
+        return (
+            "<h2>How do the outputs go together?</h2><p>They do not, or not enough: the evidence does not pay for "
+            "learning their correlations, and they stay independent.</p>"
+        )
     functions = _table("of the functions", correlation(model.coregionalisation_), targets)
     noise = _table("of the noise", correlation(model.noise_covariance_), targets)
     rest = f" The first {MOST_OUTPUTS} outputs." if len(targets) > MOST_OUTPUTS else ""
