@@ -293,6 +293,22 @@ def amortised(result: dict[str, Any]) -> str:
     return table(head, body) + f"\n\n{note}\n\n{where(result['machine'])}"
 
 
+def outputs(result: dict[str, Any]) -> str:
+    """One line a table."""
+    models = ("independent", "coregionalised", "GPyTorch multitask")
+    body = []
+    for name, r in result["tables"].items():
+        gains = [f"{mean:+.3f} ± {error:.3f}" for mean, error in r["gain"].values()]
+        body.append([
+            name, f"{r['rows']:,}", str(r["outputs"]), *(f"{r['mean'][m]:.3f}" for m in models), *gains,
+            " / ".join(f"{r['seconds'][m]:.1f}" for m in models),
+        ])  # fmt: skip
+    head = ["table", "rows", "outputs", *models, "gain over independent", "over GPyTorch", "seconds"]
+    failed = [f"{name}, {what}" for name, r in result["tables"].items() for what in r["failed"]]
+    parts = [table(head, body), *([f"Failed: {'; '.join(failed)}."] if failed else [])]
+    return "\n\n".join([*parts, where(result["machine"])])
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "uci": uci,
     "speed": speed,
@@ -303,6 +319,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "server_scale": server_scale,
     "experts": experts,
     "amortised": amortised,
+    "outputs": outputs,
 }
 
 

@@ -84,8 +84,8 @@ def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
     if run.task == "classification":
         if target.shape[1] > 1:
             raise OptionError("A classification has one --target; fit several classes of labels one by one.")
-        for option in ("inference", "likelihood"):
-            if run.options.get(option, "auto") != "auto":
+        for option in ("inference", "likelihood", "outputs"):
+            if run.options.get(option, "auto") not in ("auto", "independent"):
                 raise OptionError(f"--{option} is for regressions; leave it out with --task classification.")
         classes, y = check_labels(target.iloc[:, 0], len(target))
     else:

@@ -214,6 +214,8 @@ def describe_basis(
     if basis.noise_function is not None:
         tensors |= {f"{prefix}noise_function.{k}": v for k, v in basis.noise_function.state_dict().items()}
     tensors |= {f"{prefix}scaling.{k}": getattr(scaling, k) for k in SCALING}
+    if scaling.mixing is not None:
+        tensors[f"{prefix}scaling.mixing"] = scaling.mixing
     tensors[f"{prefix}inducing_inputs"] = basis.inducing_inputs
     return {
         "kernel": kernel_to_spec(basis.kernel),
@@ -320,7 +322,13 @@ def read_basis(
     basis = Basis(kernel, tensors["inducing_inputs"], likelihood, noise_function)
     if basis.id != spec["basis_id"]:
         raise ModelFileError("A saved parameter differs from what was saved (the basis has another id).")
-    return basis, Scaling(**_part(tensors, "scaling"))
+    scaling = _part(tensors, "scaling")
+    mixing, t = scaling.get("mixing"), spec["outputs"]
+    if mixing is not None and not (
+        mixing.shape == (t, t) and bool(torch.linalg.slogdet(mixing)[1].isfinite())
+    ):
+        raise ModelFileError(f"The saved mixing of the outputs is no invertible {t} x {t} matrix.")
+    return basis, Scaling(**scaling)
 
 
 def _part(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:

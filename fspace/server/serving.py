@@ -195,7 +195,7 @@ def table_rows(
         labels = check_labels(target.iloc[:, 0], len(frame), model.classes_)[1]
         return x, torch.from_numpy(labels.astype(np.float64)[:, None])
     values = np.asarray(check_target(target), dtype=np.float64).reshape(len(frame), -1)
-    y = (torch.from_numpy(values) - scaling.y_shift) / scaling.y_scale
+    y = scaling.modelled(torch.from_numpy(values))
     if isinstance(likelihood, OffsetLikelihood):
         if not isinstance(likelihood.inner, REAL):
             check_support(values, likelihood.inner, values.shape[1] == 1)
@@ -237,7 +237,7 @@ def _work_on(
         moved = math.inf
         for _ in range(1 if gaussian else rounds):
             cavity = own if gaussian else server.cavity(site_id, basis.id)
-            made = new_site(basis, x, y, own, cavity, Update())
+            made = scaling.with_jacobian(new_site(basis, x, y, own, cavity, Update()))
             receipt = server.put(made)
             if receipt.step < 1:  # it is kept with a smaller step than was sent
                 kept = server.get(site_id, basis.id)

@@ -84,7 +84,8 @@ class Worker:
         """The next site from the last one and what all others say; on another basis than the worker's if one is given
         (of the same units)."""
         x, y = self.rows
-        return new_site(self.basis if basis is None else basis, x, y, own, cavity, self.how)
+        basis = self.basis if basis is None else basis
+        return self.scaling.with_jacobian(new_site(basis, x, y, own, cavity, self.how))
 
     @torch.no_grad()
     def statistics(
@@ -167,7 +168,7 @@ def in_units_of_basis(
         if not set(y.unique().tolist()) <= labels:
             raise DataError(f"Shard {name!r}: y must hold classes 0 to {likelihood.classes - 1}.")
         return x, y
-    y = (y - scaling.y_shift) / scaling.y_scale
+    y = scaling.modelled(y)
     if isinstance(likelihood, OffsetLikelihood):
         y = y + likelihood.offset.detach()
     return x, y
