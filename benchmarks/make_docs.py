@@ -309,6 +309,44 @@ def outputs(result: dict[str, Any]) -> str:
     return "\n\n".join([*parts, where(result["machine"])])
 
 
+def continual(result: dict[str, Any]) -> str:
+    """One table a set of digits and way of asking."""
+    parts = []
+    for name, ways in result["data"].items():
+        for way, r in ways.items():
+            body = []
+            for method, m in r["methods"].items():
+                forgot = f"{m['forgetting']:.3f}" if "forgetting" in m else "-"
+                after = f"{m['right_after']:.3f}" if "right_after" in m else "-"
+                body.append([method, f"{m['accuracy']:.3f} ± {m['accuracy_se']:.3f}", forgot, after,
+                             f"{m['seconds']:.1f}"])  # fmt: skip
+            head = ["method", "average accuracy", "forgetting", "right after a task", "seconds"]
+            parts.append(f"{name}, {way}\n\n" + table(head, body))
+    machines = sorted({where(r["machine"]) for ways in result["data"].values() for r in ways.values()})
+    return "\n\n".join([*parts, *machines])
+
+
+def particles(result: dict[str, Any]) -> str:
+    """One line a size, then filters without a gradient."""
+    body = []
+    for r in result["fivo"]:
+        times, faster = r["times"], r["faster"]
+        compiled = times.get("fspace, compiled")
+        body.append([
+            "learned" if r["proposal"] else "bootstrap", f"{r['steps']} / {r['series']} / {r['particles']}",
+            f"{1e3 * times['fspace']['cpu_s']:.0f}", f"{1e3 * compiled['cpu_s']:.0f}" if compiled else "-",
+            f"{1e3 * times['plain filter']['cpu_s']:.0f}", f"{1e3 * times['plain, formulas']['cpu_s']:.0f}",
+            f"{faster['fspace, against plain filter']:.1f} x",
+            f"{faster['fspace, compiled, against plain filter']:.1f} x" if compiled else "-",
+        ])  # fmt: skip
+    head = ["proposal", "T / B / N", "fspace ms", "compiled ms", "plain ms", "plain, by formulas ms", "faster",
+            "compiled, faster"]  # fmt: skip
+    rows = [[name, f"{1e3 * seconds:.1f}"] for name, seconds in result["without_gradient_s"].items()]
+    return "\n\n".join([
+        table(head, body), "Without gradients:\n\n" + table(["filter", "ms"], rows), where(result["machine"])
+    ])  # fmt: skip
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "uci": uci,
     "speed": speed,
@@ -319,6 +357,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "server_scale": server_scale,
     "experts": experts,
     "amortised": amortised,
+    "amortised_particles": particles,
+    "continual": continual,
     "outputs": outputs,
 }
 
