@@ -25,6 +25,7 @@ from fspace.inference.gp import Scaling
 from fspace.inference.likelihoods import OffsetLikelihood, functions
 from fspace.inference.nongaussian import posterior_of
 from fspace.kernels.deep import DeepKernel
+from fspace.server.names import name_trouble
 from fspace.server.natural import (
     Form,
     Total,
@@ -116,7 +117,14 @@ class PosteriorServer:
                 f"{self._store.path} is damaged: site {row.site_id!r} is not what was written. Restore the file from "
                 "a copy, or start with a new one and let the workers send their sites again."
             )
-        return site_from_bytes(row.content, form)
+        site = site_from_bytes(row.content, form)
+        kept = row.basis_id, row.site_id, row.incarnation, row.version, row.row_count
+        if kept != (site.basis_id, site.site_id, site.incarnation, site.version, site.count):
+            raise ServerError(
+                f"{self._store.path} is damaged: the row of site {row.site_id!r} holds another site. Restore the file "
+                "from a copy, or start with a new one and let the workers send their sites again."
+            )
+        return site
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -245,7 +253,11 @@ class PosteriorServer:
 
     def join(self, site_id: str) -> str:
         """A new incarnation for a contributor that starts or starts again: what earlier ones send is refused from now
-        on, so that their late messages cannot replace what the new one says. Needed after `remove`."""
+        on, so that their late messages cannot replace what the new one says. Needed after `remove`. Raises SiteRefused
+        for a name that no site can have (name)."""
+        trouble = name_trouble("site_id", site_id) if site_id else "site_id is empty; name the contributor."
+        if trouble is not None:
+            raise SiteRefused("name", trouble)
         incarnation = uuid.uuid4().hex
         with self._lock, self._store.transaction():
             self._store.write_incarnation(site_id, incarnation)

@@ -16,7 +16,7 @@ from typing import Any
 
 from gpytorch.likelihoods import GaussianLikelihood
 
-from fspace.errors import OptionError, ServerError
+from fspace.errors import OptionError, ServerError, SiteRefused
 from fspace.inference.basis import Basis
 from fspace.inference.gp import Scaling
 from fspace.server.core import PosteriorServer, form_of, unit_scaling
@@ -64,6 +64,10 @@ class LocalEngine(Engine):
                 answer = getattr(self._workers[name], method)(*arguments)
             except Exception as error:  # a shard may raise anything; `fit` says whose it was
                 answer = error
+            except (
+                BaseException
+            ) as error:  # sys.exit in a shard: without an answer, `wait` would wait for ever
+                answer = ServerError(f"The worker ended ({type(error).__name__}: {error}).")
             self._answers.put((name, answer))
 
         self._pool.submit(ask)
@@ -185,11 +189,15 @@ def put_sites(
     while pending:
         name, site = engine.wait()
         pending.discard(name)
+        before = server.total(basis.id)
+        if not isinstance(site, Exception):
+            try:
+                server.put(site)
+            except SiteRefused as error:  # of numbers beyond all bounds, say: the others go on
+                site = error
         if isinstance(site, Exception):
             found.failures[name] = f"{type(site).__name__}: {site}"
         else:
-            before = server.total(basis.id)
-            server.put(site)
             found.rounds[name] += 1
             moved = divergence(server.total(basis.id), before)
             found.moved.append(moved)

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fspace.errors import AccessRefused, OptionError, ServerError
+from fspace.server.names import name_trouble
 
 RIGHTS = ("put", "read", "admin")
 
@@ -70,13 +71,16 @@ class Tokens:
         self._refresh()
 
     def issue(self, rights: Iterable[str], site: str | None = None, days: float | int = 30) -> str:
-        """A new token, which is shown only here. Raises OptionError for unknown rights, `put` without a site, and a
-        life that is not positive."""
+        """A new token, which is shown only here. Raises OptionError for unknown rights, `put` without a site, a
+        site of no allowed name, and a life that is not positive."""
         wanted = tuple(dict.fromkeys(rights))
         if not wanted or not set(wanted) <= set(RIGHTS):
             raise OptionError(f"rights={', '.join(wanted)!r}: choose among {', '.join(RIGHTS)}.")
         if "put" in wanted and not site:
             raise OptionError("The right 'put' is for one site; name the site of this token.")
+        trouble = None if site is None else name_trouble("site", site)
+        if trouble is not None:
+            raise OptionError(trouble)
         if not (math.isfinite(days) and days > 0):
             raise OptionError(f"days={days!r} must be a positive number.")
         name, secret = secrets.token_hex(4), secrets.token_urlsafe(32)

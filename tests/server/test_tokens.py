@@ -61,6 +61,7 @@ def test_rights_and_sites():
 
 @pytest.mark.parametrize("rights, site, days", [
     (["put"], None, 1), ([], None, 1), (["write"], "UA", 1), (["read"], None, 0), (["read"], None, float("nan")),
+    (["put"], "a\nb", 1), (["put"], "..", 1), (["put"], 201 * "a", 1),
 ])  # fmt: skip
 def test_tokens_that_are_not_made(rights, site, days):
     with pytest.raises(OptionError):
