@@ -8,6 +8,7 @@ place of their differences is ours.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import uuid
@@ -84,7 +85,7 @@ class PosteriorServer:
         self._lock = threading.RLock()
         self._store = Store(path)
         self._served: dict[str, _Served] = {}
-        self._noted = 0.0
+        self._noted = -math.inf  # of the monotonic clock
         try:
             for row in self._store.bases():
                 if row.state != "closed":
@@ -464,14 +465,18 @@ class PosteriorServer:
 
     def _note_evidence(self) -> None:
         """The log evidence of the basis that serves, into its history, not more than once a second."""
-        now = time.time()
+        now = (
+            time.monotonic()
+        )  # the other clock may be set back, and nothing would be noted until it has caught up
         if now - self._noted < EVIDENCE_EVERY or not self._served:
             return
         served = self._served[self._serving_id()]
         total = served.total.site()
         names = self._store.site_names(served.basis.id)
         with self._store.transaction():
-            self._store.write_evidence(now, served.basis.id, len(names), total.count, log_normaliser(total))
+            self._store.write_evidence(
+                time.time(), served.basis.id, len(names), total.count, log_normaliser(total)
+            )
         self._noted = now
 
     def status(self, contributions: bool = False) -> dict[str, Any]:

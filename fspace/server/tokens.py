@@ -11,9 +11,10 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from fspace.errors import AccessRefused, OptionError, ServerError
 from fspace.server.names import name_trouble
@@ -164,7 +165,7 @@ class Tokens:
             return
         try:
             rows = json.loads(self.path.read_text(encoding="utf-8"))["tokens"]
-            grants = [Grant(**{**row, "rights": tuple(row["rights"])}) for row in rows]
+            grants = [_grant(row) for row in rows]
         except (OSError, ValueError, TypeError, LookupError) as error:
             raise ServerError(
                 f"{self.path} is no file of tokens, or damaged ({error}); restore it, or make new tokens in another."
@@ -213,6 +214,18 @@ class Buckets:
                 retry_after=(1 - level) / self.rate,
             )
         self._levels[name] = (level - 1, now)
+
+
+def _grant(row: Mapping[str, Any]) -> Grant:
+    """A row of the file. Raises ValueError, TypeError or LookupError for what is none."""
+    grant = Grant(**{**row, "rights": tuple(row["rights"])})
+    kinds = {"id": str, "hash": str, "site": str | None, "expires": int | float, "revoked": bool}
+    for name, kind in kinds.items():
+        if not isinstance(getattr(grant, name), kind):
+            raise TypeError(f"{name} of token {grant.id!r} is {getattr(grant, name)!r}")
+    if not grant.hash.isascii():
+        raise ValueError(f"hash of token {grant.id!r} is none")
+    return grant
 
 
 def _hash(token: str) -> str:

@@ -1,6 +1,7 @@
 """The table of sites: replacement, refusals, removal, restarts, epochs; always in natural parameters."""
 
 import sqlite3
+import time
 from dataclasses import replace
 
 import pytest
@@ -294,6 +295,18 @@ def test_counts_of_many_contributors_stay_numbers_that_the_file_can_hold(gaussia
             server.put(replace(site, count=10**18 - 1))
         server.put(replace(site, count=10**12 - 1))
         assert 1_000_000 * server.total().count < 2**63
+
+
+def test_the_evidence_is_noted_though_the_clock_was_set_back(gaussian, monkeypatch):
+    monkeypatch.setattr("fspace.server.core.EVIDENCE_EVERY", 0.0)
+    server = PosteriorServer()
+    server.register_basis(gaussian.basis)
+    one, two, *_ = sites_of(gaussian, 4)
+    server.put(one)
+    now = time.time()
+    monkeypatch.setattr("fspace.server.core.time.time", lambda: now - 86400.0)
+    server.put(two)
+    assert [note["sites"] for note in server.status()["evidence"]] == [1, 2]
 
 
 def test_one_process_a_file(gaussian, tmp_path):

@@ -1,5 +1,6 @@
 """Tokens: only hashes are kept, rights and sites hold, time and revoking end them."""
 
+import json
 import stat
 import time
 
@@ -74,6 +75,20 @@ def test_damaged_file(tmp_path):
         Tokens(tmp_path / "t.json")
     with pytest.raises(OptionError, match="no token"):
         Tokens().revoke("abc")
+
+
+@pytest.mark.parametrize(
+    "spoilt", [{"expires": "soon"}, {"hash": 7}, {"hash": "é"}, {"site": 3}, {"revoked": "no"}, {"rights": 1}]
+)
+def test_a_file_edited_by_hand_is_refused_where_it_is_read_and_not_at_every_request(tmp_path, spoilt):
+    path = tmp_path / "t.json"
+    Tokens(path).issue(["read"])
+    (row,) = json.loads(path.read_text())["tokens"]
+    path.write_text(json.dumps({"tokens": [row]}))
+    assert len(Tokens(path).grants()) == 1
+    path.write_text(json.dumps({"tokens": [row | spoilt]}))
+    with pytest.raises(ServerError, match="damaged"):
+        Tokens(path)
 
 
 def test_a_bucket_empties_and_fills(monkeypatch):
