@@ -153,7 +153,10 @@ def serve(
     tokens: Annotated[str, typer.Option(help="File of tokens, which `fspace token` makes.")] = "tokens.json",
     model: Annotated[
         str | None,
-        typer.Option(help="Saved model: the basis (of its heaviest kernel) that workers put sites on."),
+        typer.Option(
+            help="Saved model, or the folder that `fspace fit` wrote: the basis (of its heaviest kernel) that workers "
+            "put sites on."
+        ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0: any that is free.")] = 8000,

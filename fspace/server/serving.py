@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fspace.errors import DataError, ModelFileError, OptionError, ServerError, SiteRefused
 from fspace.estimators import GPClassifier
+from fspace.folders import model_file
 from fspace.inference.basis import Basis, Site
 from fspace.inference.gp import GPPosterior, Scaling
 from fspace.inference.likelihoods import REAL, OffsetLikelihood
@@ -99,10 +100,12 @@ def heaviest(model: Any) -> GPPosterior:
 
 
 def register_model(server: PosteriorServer, file: str) -> str:
-    """Register the basis of a saved model and keep the file beside it; the basis' id. Raises ModelFileError."""
-    member = heaviest(load(file, device="cpu"))
+    """Register the basis of a saved model (or of the folder that `fspace fit` wrote) and keep the file beside it; the
+    basis' id. Raises ModelFileError."""
+    saved = model_file(file)
+    member = heaviest(load(saved, device="cpu"))
     basis_id = server.register_basis(member.basis, member.scaling)
-    server.attach(MODEL, Path(file).read_bytes())
+    server.attach(MODEL, saved.read_bytes())
     return basis_id
 
 
