@@ -111,20 +111,16 @@ class PviWorker(WeightWorker):
                 f"The free energy of worker {self.name!r} is no number any more; take a smaller rate than {how.rate:g}."
             )
         with torch.no_grad():
-            mean, root = (
-                start + apply(root, centre),
-                root * shape.factor() if diagonal else root @ shape.factor(),
-            )
+            mean, b = start + apply(root, centre), shape.factor()
+            root = root * b if diagonal else root @ b
             precision = root.square().reciprocal() if diagonal else torch.cholesky_inverse(root)
             old = Natural.of(own, self.device)
             new = Natural(precision - prior.precision, apply(precision, mean) - prior.shift)
-            site = Natural(*(a + how.damping * (b - a) for a, b in zip(old, new)))
+            site = old.times(new.times(old, -1.0), how.damping)
             level = self._level(site, mean, root, generator)
         return replace(
             own,
-            precision=(0.5 * (site.precision + site.precision.mT) if not diagonal else site.precision)[
-                None
-            ].cpu(),
+            precision=site.precision[None].cpu(),
             shift=site.shift[None].cpu(),
             log_scale=torch.full((1,), level, dtype=torch.float64),
             count=len(self.rows[0]),

@@ -179,10 +179,8 @@ class SnepWorker(WeightWorker):
         beyond = value.item() - site.exponent(v)
         moved = chain.step(gradient / self.how.beta + around.gradient(v))
         if not bool((moved.abs() < FAR).all()):
-            self._chain = self._damper = None
             raise NumericalError(
                 f"The Langevin chain of worker {self.name!r} has left for infinity; take a smaller step_size than "
-                f"{self.how.step_size:g}"
-                + (f", or a larger beta than {self.how.beta:g}." * (self.how.beta < 1) or ".")
+                f"{self.how.step_size:g}, or (where beta={self.how.beta:g} is below 1) a larger beta."
             )
         return beyond, moved
