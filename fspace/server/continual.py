@@ -23,8 +23,8 @@ from fspace.inference.sites import moved
 from fspace.inference.streaming import faded, read_off, unexplained
 from fspace.kernels.deep import embedded_kernel
 from fspace.server.core import PosteriorServer, form_of
+from fspace.server.names import name_trouble
 from fspace.server.natural import divergence
-from fspace.server.wire import NAME
 
 
 class TaskLearned(NamedTuple):
@@ -142,8 +142,9 @@ def learn_onto(
 
 
 def _check(tasks: Tasks, task: Any, inducing: Any, discount: Any) -> None:
-    if not isinstance(task, str) or not 0 < len(task) <= NAME:
-        raise OptionError(f"task={task!r} must be a name, text of 1 to {NAME} characters.")
+    trouble = "it is empty." if task == "" else name_trouble("it", task)
+    if trouble is not None:
+        raise OptionError(f"task={task!r} cannot be the name of a task: {trouble}")
     if task in tasks.sites:
         raise OptionError(f"Task {task!r} has been learned already; forget it first, or give another name.")
     if inducing is not None and (type(inducing) is not int or inducing < 1):
