@@ -233,6 +233,120 @@ def server_scale(result: dict[str, Any]) -> str:
     )
 
 
+def experts(result: dict[str, Any]) -> str:
+    """Every way to combine on each table and split, then what fewer inducing inputs cost."""
+    parts = []
+    for name, r in result["tables"].items():
+        parts.append(
+            f"### {name}: {r['rows']:,} rows, {r['columns']} columns, {result['experts']} contributors\n\n"
+            f"The server has {r['inducing']} inducing inputs; lifted sites come from {r['own_inducing']} of each"
+            f" contributor's own (sites that stay experts, by seed: random {r['random']['lifted']['stay_experts']},"
+            f" sorted {r['sorted']['lifted']['stay_experts']})."
+        )
+        body = [["exact regression", *(f"{_mean_of(r['exact'][key])}" for key in ("nlpd", "rmse") * 2)]]
+        for method in r["random"]:
+            scores = [r[split][method][key] for split in ("random", "sorted") for key in ("nlpd", "rmse")]
+            body.append([method, *(_mean_of(score) for score in scores)])
+        parts.append(table(["method", "NLPD random", "RMSE random", "NLPD sorted", "RMSE sorted"], body))
+        body = [
+            [own, *(_mean_of(row[key]) for key in ("shortfall", "lifted", "gpoe", "rbcm"))]
+            for own, row in r["sweep"].items()
+        ]
+        head = [
+            "inducing inputs of each",
+            "short, nats",
+            "lifted, no fallback",
+            "gpoe",
+            "rbcm",
+        ]
+        parts.append(
+            "NLPD of the same contributors on fewer inducing inputs, random split:\n\n" + table(head, body)
+        )
+    parts.append(
+        f"Means and standard errors over {len(result['seeds'])} seeds. Sites fall back above"
+        f" {result['threshold']:g} nats an observation. The whole took {result['seconds']:.0f} s."
+        f" {where(result['machine'])}"
+    )
+    return "\n\n".join(parts)
+
+
+def amortised(result: dict[str, Any]) -> str:
+    """One line a side, a column a number of samples; then the ratio to ours."""
+    cases = result["samples"]
+    sides = list(next(iter(cases.values()))["sides"])
+    body = [
+        [name, *(f"{1e3 * case['sides'][name]['cpu_s']:.1f}" for case in cases.values())] for name in sides
+    ]
+    for name in sides:
+        if not name.startswith("fspace"):
+            ratios = [c["sides"][name]["cpu_s"] / c["sides"]["fspace IWAE"]["cpu_s"] for c in cases.values()]
+            body.append([f"{name} / fspace IWAE", *(f"{ratio:.2f}" for ratio in ratios)])
+    setting = result["setting"]
+    note = (
+        f"Milliseconds of processor time a step, medians of {next(iter(cases.values()))['rounds']} turns; batches of"
+        f" {setting['batch']}, {setting['pixels']} pixels, {setting['hidden']} hidden units, {setting['latent']}"
+        f" latents; {result['machine']['threads']} thread(s). "
+        + ", ".join(f"{name} {number}" for name, number in result["peers"].items())
+        + "."
+    )
+    head = ["side", *(f"K = {samples}" for samples in cases)]
+    return table(head, body) + f"\n\n{note}\n\n{where(result['machine'])}"
+
+
+def outputs(result: dict[str, Any]) -> str:
+    """One line a table."""
+    models = ("independent", "coregionalised", "GPyTorch multitask")
+    body = []
+    for name, r in result["tables"].items():
+        gains = [f"{mean:+.3f} ± {error:.3f}" for mean, error in r["gain"].values()]
+        body.append([
+            name, f"{r['rows']:,}", str(r["outputs"]), *(f"{r['mean'][m]:.3f}" for m in models), *gains,
+            " / ".join(f"{r['seconds'][m]:.1f}" for m in models),
+        ])  # fmt: skip
+    head = ["table", "rows", "outputs", *models, "gain over independent", "over GPyTorch", "seconds"]
+    failed = [f"{name}, {what}" for name, r in result["tables"].items() for what in r["failed"]]
+    parts = [table(head, body), *([f"Failed: {'; '.join(failed)}."] if failed else [])]
+    return "\n\n".join([*parts, where(result["machine"])])
+
+
+def continual(result: dict[str, Any]) -> str:
+    """One table a set of digits and way of asking."""
+    parts = []
+    for name, ways in result["data"].items():
+        for way, r in ways.items():
+            body = []
+            for method, m in r["methods"].items():
+                forgot = f"{m['forgetting']:.3f}" if "forgetting" in m else "-"
+                after = f"{m['right_after']:.3f}" if "right_after" in m else "-"
+                body.append([method, f"{m['accuracy']:.3f} ± {m['accuracy_se']:.3f}", forgot, after,
+                             f"{m['seconds']:.1f}"])  # fmt: skip
+            head = ["method", "average accuracy", "forgetting", "right after a task", "seconds"]
+            parts.append(f"{name}, {way}\n\n" + table(head, body))
+    machines = sorted({where(r["machine"]) for ways in result["data"].values() for r in ways.values()})
+    return "\n\n".join([*parts, *machines])
+
+
+def particles(result: dict[str, Any]) -> str:
+    """One line a size, then filters without a gradient."""
+    body = []
+    for r in result["fivo"]:
+        times, faster = r["times"], r["faster"]
+        compiled = times.get("fspace, compiled")
+        body.append([
+            "learned" if r["proposal"] else "bootstrap", f"{r['steps']} / {r['series']} / {r['particles']}",
+            f"{1e3 * times['fspace']['cpu_s']:.0f}", f"{1e3 * compiled['cpu_s']:.0f}" if compiled else "-",
+            f"{1e3 * times['plain filter']['cpu_s']:.0f}", f"{1e3 * times['plain, formulas']['cpu_s']:.0f}",
+            f"{faster['fspace, against plain filter']:.1f} x",
+            f"{faster['fspace, compiled, against plain filter']:.1f} x" if compiled else "-",
+        ])  # fmt: skip
+    head = ["proposal", "T / B / N", "fspace ms", "compiled ms", "plain ms", "plain, by formulas ms", "faster",
+            "compiled, faster"]  # fmt: skip
+    rows = [[name, f"{1e3 * seconds:.1f}"] for name, seconds in result["without_gradient_s"].items()]
+    return "\n\n".join([
+        table(head, body), "Without gradients:\n\n" + table(["filter", "ms"], rows), where(result["machine"])
+    ])  # fmt: skip
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "uci": uci,
     "speed": speed,
@@ -241,6 +355,11 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "streaming": streaming,
     "server": server,
     "server_scale": server_scale,
+    "experts": experts,
+    "amortised": amortised,
+    "amortised_particles": particles,
+    "continual": continual,
+    "outputs": outputs,
 }
 
 
@@ -276,6 +395,13 @@ def _ours(figure: dict[str, Any] | None, measure: str, column: str) -> str:
     text = f"{figure['mean']:.{places}f}"
     text = text if figure["verdict"] == "behind" else f"**{text}**"
     return f"{text} ± {figure['standard_error']:.2g}"
+
+
+def _mean_of(values: list[float]) -> str:
+    """Mean and standard error over seeds."""
+    mean = sum(values) / len(values)
+    squares = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return f"{mean:.4f} ± {(squares / len(values)) ** 0.5:.4f}"
 
 
 def _cells(tables: dict[str, Any], measure: str, style: str) -> list[str]:

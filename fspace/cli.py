@@ -63,6 +63,12 @@ def fit(
             "negative_binomial; positive: gamma; shares: beta."
         ),
     ] = "auto",
+    outputs: Annotated[
+        str,
+        typer.Option(
+            help="Several targets: independent, or coregionalised (correlations between them are learned)."
+        ),
+    ] = "independent",
     members: Annotated[int | None, typer.Option(help="Deep kernels in the ensemble.")] = None,
     inducing: Annotated[
         float | None,
@@ -96,7 +102,7 @@ def fit(
     options: dict[str, Any] = {"kernel": kernel, "inference": inference, "missing": missing, "device": device}
     whole = inducing is not None and inducing.is_integer()
     options |= {"seed": seed, "members": members, "inducing": int(inducing or 0) if whole else inducing}
-    options["likelihood"] = likelihood
+    options |= {"likelihood": likelihood, "outputs": outputs}
     run = FitRun(
         data=data,
         targets=target or [],
@@ -147,7 +153,10 @@ def serve(
     tokens: Annotated[str, typer.Option(help="File of tokens, which `fspace token` makes.")] = "tokens.json",
     model: Annotated[
         str | None,
-        typer.Option(help="Saved model: the basis (of its heaviest kernel) that workers put sites on."),
+        typer.Option(
+            help="Saved model, or the folder that `fspace fit` wrote: the basis (of its heaviest kernel) that workers "
+            "put sites on."
+        ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0: any that is free.")] = 8000,

@@ -37,6 +37,14 @@ class ServerError(FspaceError, RuntimeError):
     """The posterior server, its store or the way to it is not in order."""
 
 
+class LearningStopped(ServerError):
+    """Learning of a basis came to an end before it was done. `learned` is what there is, to go on from."""
+
+    def __init__(self, message: str, learned: Any):
+        super().__init__(message)
+        self.learned = learned
+
+
 class SiteRefused(FspaceError, ValueError):
     """A site that the posterior server does not take; nothing has changed there. `reason` is one word for programs."""
 

@@ -20,8 +20,10 @@ from fspace.data import check_target, target_names
 from fspace.errors import DataError, OptionError
 from fspace.fitting import GPEstimator
 from fspace.inference.candidates import EXACT_ROWS
+from fspace.inference.gp import GPPosterior
 from fspace.inference.likelihoods import NAMED, REAL, with_offset
 from fspace.inference.optimise import MIN_NOISE, gaussian_likelihood
+from fspace.posterior import MixturePosterior
 from fspace.predictive_base import as_tensor
 from fspace.targets import (
     balanced,
@@ -37,6 +39,7 @@ GAUSSIAN = ("auto", "gaussian", "heteroscedastic")
 LIKELIHOODS = (*GAUSSIAN, *(name for name in NAMED if name != "bernoulli"))
 ROWS = 8192  # whose class probabilities are computed at once
 INFERENCE = ("auto", "exact", "collapsed", "sites")
+OUTPUTS = ("independent", "coregionalised")
 
 
 class GPRegressor(RegressorMixin, GPEstimator):
@@ -53,6 +56,10 @@ class GPRegressor(RegressorMixin, GPEstimator):
         of standardised y and is where the fit starts. Heavy tails: "student_t", "laplace". Counts: "poisson",
         "negative_binomial". Positive y: "gamma". Shares between 0 and 1: "beta". Or another gpytorch likelihood of
         one function, which sees y as it is. latent(x) of those with a link is of the function before it.
+    outputs: of y [n, t], "independent" (one kernel, a noise variance for each), or "coregionalised": functions of
+        covariance B_st k(x, x') and noise that is correlated between the outputs, B and the noise covariance learned
+        from the data (Gaussian noise only; Bonilla, Chai and Williams 2008). Predictions are joint over the outputs.
+        Where the evidence gains less than a nat for each number learned, the outputs stay independent.
     inducing: most inducing inputs of the collapsed posterior; or a number below 1, the share of the prior variance
         they may leave unexplained, and as many are taken (2,000 at most).
     members: deep kernels in the ensemble.
@@ -65,7 +72,7 @@ class GPRegressor(RegressorMixin, GPEstimator):
     "stage", "loss", "heldout"), choice_ ("scores" of the kernels tried, the one "chosen", and the "weights" with which
     they predict together), relevance_ (share of each encoded column or channel; NaN, with a warning, where the slope
     of a kernel is), target_names_, interrupted_ (Ctrl-C ended the fit early: the best state so far is kept, and a
-    warning says which).
+    warning says which), coregionalisation_ and noise_covariance_ (of the outputs, where the noise is Gaussian).
     """
 
     def __init__(  # scikit-learn: options are checked in fit, so that they can be set in any order
@@ -73,6 +80,7 @@ class GPRegressor(RegressorMixin, GPEstimator):
         kernel: Any = "auto",
         inference: Any = "auto",
         likelihood: Any = "auto",
+        outputs: Any = "independent",
         inducing: Any = 512,
         members: Any = 3,
         categories: Any = None,
@@ -85,6 +93,7 @@ class GPRegressor(RegressorMixin, GPEstimator):
         self.kernel = kernel
         self.inference = inference
         self.likelihood = likelihood
+        self.outputs = outputs
         self.inducing = inducing
         self.members = members
         self.categories = categories
@@ -109,6 +118,10 @@ class GPRegressor(RegressorMixin, GPEstimator):
         if len(x) < 2:
             raise DataError("X has 1 sample (n_samples=1); a fit needs at least 2 rows.")
         columns = target.reshape(len(x), -1)
+        if self.outputs == "coregionalised" and columns.shape[1] == 1:
+            raise OptionError(
+                "outputs='coregionalised' is for several outputs, and y has one; leave outputs='independent'."
+            )
         given = NAMED[self.likelihood]() if self.likelihood in tuple(NAMED) else self.likelihood
         link = isinstance(given, Likelihood) and not isinstance(given, GaussianLikelihood)
         if link:
@@ -119,7 +132,13 @@ class GPRegressor(RegressorMixin, GPEstimator):
         else:
             shift = columns.mean(axis=0)
             spread = (columns - shift).std(axis=0)
-            scale = np.where(spread > 1e-13 * np.maximum(np.abs(shift), 1e-300), spread, 1.0)
+            constant = spread <= 1e-13 * np.maximum(np.abs(shift), 1e-300)
+            scale = np.where(constant, 1.0, spread)
+            if self.outputs == "coregionalised" and constant.any():
+                raise DataError(
+                    f"Target {target_names(y, target)[constant.argmax()]!r} has the same value in every row; it "
+                    "is correlated with nothing: leave it out, or take outputs='independent'."
+                )
         likelihood: Any = None
         if link:
             likelihood = with_offset(copy.deepcopy(given), torch.from_numpy((columns - shift) / scale))
@@ -138,9 +157,38 @@ class GPRegressor(RegressorMixin, GPEstimator):
             sites=self.inference == "sites",
             vary=vary,
             likelihood=likelihood,
+            coregionalised=self.outputs == "coregionalised",
         )
         self.target_names_ = target_names(y, target)
         return self
+
+    @property
+    def coregionalisation_(self) -> np.ndarray:
+        """Prior covariance B [t, t] of the outputs' functions at one input, in the units of y: f_s(x) and f_t(x') have
+        covariance B_st k(x, x') / k(x, x). Of the heaviest member; diagonal where outputs are independent.
+
+        Raises OptionError where the noise is not Gaussian.
+        """
+        return self._heaviest("coregionalisation_").coregionalisation.cpu().numpy()
+
+    @property
+    def noise_covariance_(self) -> np.ndarray:
+        """Covariance [t, t] of the noise of the outputs, in the units of y (where it varies: at a noise ratio of one).
+        Of the heaviest member; diagonal where outputs are independent.
+
+        Raises OptionError where the noise is not Gaussian.
+        """
+        return self._heaviest("noise_covariance_").noise_covariance.cpu().numpy()
+
+    def _heaviest(self, name: str) -> GPPosterior:
+        members, posterior = self._members(), self.posterior_
+        if not isinstance(members[0].basis.likelihood, GaussianLikelihood):
+            raise OptionError(f"{name} is of Gaussian noise; this model has likelihood={self.likelihood!r}.")
+        return (
+            members[int(posterior.weights.argmax())]
+            if isinstance(posterior, MixturePosterior)
+            else members[0]
+        )
 
     def partial_fit(self, X: Any, y: Any, site: Any = None, discount: Any = 1.0) -> GPRegressor:
         """Take in more rows as one more site, in the time of these rows; kernel and noise stay as `fit` left them. The
@@ -174,6 +222,14 @@ class GPRegressor(RegressorMixin, GPEstimator):
                 f"likelihood is a {type(like).__name__}; pass a name or a gpytorch likelihood of one function. "
                 "(Classes: GPClassifier.)"
             )
+        if self.outputs not in tuple(OUTPUTS):
+            raise OptionError(f"outputs={self.outputs!r} does not exist; choose one of {', '.join(OUTPUTS)}.")
+        if self.outputs == "coregionalised" and not (isinstance(like, str) and like in GAUSSIAN):
+            raise OptionError(
+                f"outputs='coregionalised' learns a Gaussian noise covariance between outputs, which likelihood="
+                f"{like if isinstance(like, str) else type(like).__name__!r} has not; choose one of "
+                f"{', '.join(GAUSSIAN)}, or outputs='independent'."
+            )
         gaussian = isinstance(like, GaussianLikelihood) or like in GAUSSIAN
         if not gaussian and self.inference in ("exact", "collapsed"):
             raise OptionError(
@@ -183,7 +239,8 @@ class GPRegressor(RegressorMixin, GPEstimator):
 
     @torch.no_grad()
     def predict(self, X: Any, return_std: bool = False, return_cov: bool = False) -> Any:
-        """Mean of y [n] or [n, t]; with return_std also its standard deviation, with return_cov the joint covariance.
+        """Mean of y [n] or [n, t]; with return_std also its standard deviation, with return_cov the joint covariance of
+        the points, [n, n] or, of each output, [t, n, n] (over points and outputs: `predictive(X).joint_covariance`).
 
         Both include the noise. Rows are taken some at a time, so millions fit in memory (not with return_cov).
         Raises OptionError when both are asked for.

@@ -7,10 +7,25 @@ import platform
 import shutil
 from pathlib import Path
 
-from fspace.errors import OptionError
+from fspace.errors import ModelFileError, OptionError
 
 DEFAULT_OUT = "fspace-out"
 MODEL, METRICS, PREDICTIONS, REPORT = "model.fspace", "metrics.json", "predictions.csv", "report.html"
+
+
+def model_file(path: str) -> Path:
+    """A saved model, named by its file (with or without its ending) or by the folder that `fspace fit` wrote. Raises
+    ModelFileError where there is none."""
+    file = Path(path)
+    if file.is_dir() and (file / MODEL).exists():
+        file = file / MODEL
+    if not file.exists() and file.with_name(file.name + Path(MODEL).suffix).exists():
+        file = file.with_name(file.name + Path(MODEL).suffix)
+    if not file.exists():
+        raise ModelFileError(
+            f"There is no model {str(file)!r}; `fspace fit` writes one as {DEFAULT_OUT}/{MODEL}."
+        )
+    return file
 
 
 def choose_folder(out: str | None, overwrite: bool) -> Path:

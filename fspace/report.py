@@ -15,6 +15,7 @@ import numpy as np
 
 from . import class_plots, plots
 from .canvas import array
+from .report_outputs import correlations_of_outputs
 from .scores import (
     CLASS_SCORES,
     SCORES,
@@ -155,6 +156,7 @@ def report_html(
             "its predictions.</p>"
         )
     parts.append(_learnt(model, X_train if X_train is not None else X, targets))
+    parts.append(correlations_of_outputs(model, targets))
     parts.append("<h2>How was it fitted?</h2>" + _choice_table(getattr(model, "choice_", None)))
     history = list(getattr(model, "history_", None) or [])
     if history:

@@ -23,16 +23,16 @@ import torch
 from fspace.canvas import column_of
 from fspace.columns import suggest
 from fspace.data import TableEncoder, check_target, load_diabetes_table, read_table, split_target, write_table
-from fspace.errors import DataError, ModelFileError, OptionError
+from fspace.errors import DataError, OptionError
 from fspace.estimators import GAUSSIAN, LIKELIHOODS, GPClassifier, GPRegressor
 from fspace.fitting import GPEstimator
 from fspace.folders import (
-    DEFAULT_OUT,
     METRICS,
     MODEL,
     PREDICTIONS,
     REPORT,
     choose_folder,
+    model_file,
     publish,
     unfinished,
 )
@@ -84,8 +84,8 @@ def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
     if run.task == "classification":
         if target.shape[1] > 1:
             raise OptionError("A classification has one --target; fit several classes of labels one by one.")
-        for option in ("inference", "likelihood"):
-            if run.options.get(option, "auto") != "auto":
+        for option in ("inference", "likelihood", "outputs"):
+            if run.options.get(option, "auto") not in ("auto", "independent"):
                 raise OptionError(f"--{option} is for regressions; leave it out with --task classification.")
         classes, y = check_labels(target.iloc[:, 0], len(target))
     else:
@@ -259,16 +259,7 @@ def load_model(path: str) -> Any:
     """The estimator in a file, or in a folder that `fspace fit` wrote. Raises ModelFileError."""
     from fspace.saving import load
 
-    file = Path(path)
-    if file.is_dir() and (file / MODEL).exists():
-        file = file / MODEL
-    if not file.exists() and file.with_name(file.name + Path(MODEL).suffix).exists():
-        file = file.with_name(file.name + Path(MODEL).suffix)
-    if not file.exists():
-        raise ModelFileError(
-            f"There is no model {str(file)!r}; `fspace fit` writes one as {DEFAULT_OUT}/{MODEL}."
-        )
-    return load(file)
+    return load(model_file(path))
 
 
 def describe_likelihood(results: dict[str, Any]) -> str:

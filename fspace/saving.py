@@ -79,7 +79,7 @@ def save(model: GPEstimator, path: str | Path) -> Path:
         "target_names": model.target_names_,
         "interrupted": model.interrupted_,
         "budget": model.budget_,
-        "classes": _classes_to_json(model.classes_) if isinstance(model, GPClassifier) else None,
+        "classes": classes_to_json(model.classes_) if isinstance(model, GPClassifier) else None,
     }
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     content = json.dumps(header, default=_plain), write_tensors(tensors)
@@ -99,7 +99,8 @@ def save(model: GPEstimator, path: str | Path) -> Path:
     return path
 
 
-def _classes_to_json(classes: np.ndarray) -> dict[str, Any]:
+def classes_to_json(classes: np.ndarray) -> dict[str, Any]:
+    """Labels of any kind as JSON."""
     dtype = "object" if classes.dtype.kind == "O" else classes.dtype.str
     dates = (
         classes.dtype.kind in "mM"
@@ -107,7 +108,8 @@ def _classes_to_json(classes: np.ndarray) -> dict[str, Any]:
     return {"values": classes.view(np.int64).tolist() if dates else classes.tolist(), "dtype": dtype}
 
 
-def _classes_from_json(saved: Mapping[str, Any]) -> np.ndarray:
+def classes_from_json(saved: Mapping[str, Any]) -> np.ndarray:
+    """What `classes_to_json` wrote."""
     dtype = np.dtype(saved["dtype"])
     if dtype.kind in "mM":
         return np.array(saved["values"], dtype=np.int64).view(dtype)
@@ -212,6 +214,8 @@ def describe_basis(
     if basis.noise_function is not None:
         tensors |= {f"{prefix}noise_function.{k}": v for k, v in basis.noise_function.state_dict().items()}
     tensors |= {f"{prefix}scaling.{k}": getattr(scaling, k) for k in SCALING}
+    if scaling.mixing is not None:
+        tensors[f"{prefix}scaling.mixing"] = scaling.mixing
     tensors[f"{prefix}inducing_inputs"] = basis.inducing_inputs
     return {
         "kernel": kernel_to_spec(basis.kernel),
@@ -267,7 +271,7 @@ def load(path: str | Path, device: str = "auto", modules: Mapping[str, torch.nn.
         model.budget_ = int(header["budget"])
         model.relevance_ = torch.tensor(header["relevance"], dtype=torch.float64).numpy()
         if isinstance(model, GPClassifier):
-            model.classes_ = _classes_from_json(header["classes"])
+            model.classes_ = classes_from_json(header["classes"])
             like = members[0].basis.likelihood
             known = (like.classes or 2) if isinstance(like, OffsetLikelihood) else 0
             if len(model.classes_) != known:
@@ -318,7 +322,13 @@ def read_basis(
     basis = Basis(kernel, tensors["inducing_inputs"], likelihood, noise_function)
     if basis.id != spec["basis_id"]:
         raise ModelFileError("A saved parameter differs from what was saved (the basis has another id).")
-    return basis, Scaling(**_part(tensors, "scaling"))
+    scaling = _part(tensors, "scaling")
+    mixing, t = scaling.get("mixing"), spec["outputs"]
+    if mixing is not None and not (
+        mixing.shape == (t, t) and bool(torch.linalg.slogdet(mixing)[1].isfinite())
+    ):
+        raise ModelFileError(f"The saved mixing of the outputs is no invertible {t} x {t} matrix.")
+    return basis, Scaling(**scaling)
 
 
 def _part(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:

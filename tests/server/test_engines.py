@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,6 +111,18 @@ def test_a_worker_that_fails_leaves_the_others_to_it(gaussian):
     assert found.server.total().count == 200
     with pytest.raises(ServerError, match="disk on fire"):
         fit({"bad": broken}, gaussian.basis)
+
+
+@pytest.mark.parametrize("how", ["huge", "exit"])
+def test_a_site_that_is_refused_and_a_worker_that_ends_leave_the_others_to_it(gaussian, how):
+    """Neither an end of `fit` for all, nor an answer that never comes."""
+    x, y = gaussian.shard(0, 2)
+    spoilt = {"huge": (x, 1e200 * y), "exit": lambda: sys.exit("no such option")}[how]
+    found = fit({"bad": spoilt, "good": gaussian.shard(1, 2)}, gaussian.basis)
+    assert {"huge": "beyond 1e+15", "exit": "no such option"}[how] in found.failures["bad"]
+    assert found.rounds == {"bad": 0, "good": 1}
+    pooled = fit_site(gaussian.basis, *gaussian.shard(1, 2))
+    assert (found.server.total().shift - pooled.shift).abs().max() < 1e-10 * pooled.shift.abs().max()
 
 
 def test_workers_go_on_from_their_sites_in_a_file(binary, tmp_path):

@@ -139,6 +139,16 @@ def test_serve_workers_fetch_and_predict(trip):
         np.testing.assert_allclose(found["p_late"], model.predict_proba(inputs)[:, 1], atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["first", "first/model", "first/model.fspace"])
+def test_a_model_is_named_as_for_predict(trip, name):
+    folder, model, _ = trip
+    (folder / "first").mkdir()
+    (folder / "model.fspace").rename(folder / "first" / "model.fspace")
+    with PosteriorServer() as server:
+        assert register_model(server, str(folder / name)) == heaviest(model).basis.id
+        assert server.attachment("model") == (folder / "first" / "model.fspace").read_bytes()
+
+
 def test_a_store_goes_on_without_the_model_file(trip):
     folder, model, _ = trip
     with PosteriorServer(folder / "server.db") as server:

@@ -21,10 +21,10 @@ from fspace.inference.sites import converge
 from fspace.kernels.deep import DeepKernel
 from fspace.server import PosteriorServer, WeightBasis
 from fspace.server.core import form_of, unit_scaling
+from fspace.server.names import LONGEST_NAME as NAME
 from fspace.server.natural import Form
 from fspace.server.wire import (
     HEADER,
-    NAME,
     basis_bytes,
     basis_from_bytes,
     basis_id_of,

@@ -10,7 +10,7 @@ _WHERE = {
     "proposals": ("Bernoulli", "Categorical", "Chain", "DiagonalGaussian", "gumbel", "gumbel_max"),
     "gradients": ("Estimate", "backward", "dreg", "pathwise", "stl"),
     "score": ("reinforce", "reinforce_loo", "vimco", "wake_sleep", "wake_wake"),
-    "rebar": ("ControlEstimate", "Coupling", "couple_binary", "couple_categorical", "rebar", "relax"),
+    "control_variates": ("ControlEstimate", "Coupling", "couple_binary", "couple_categorical", "rebar", "relax"),
     "concrete": (
         "BinaryConcrete", "Concrete", "RelaxedAndHard", "exponential_temperature", "linear_temperature",
         "relaxed_log_weights", "straight_through",
@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Any:
     """Public names are imported when first used."""
     from importlib import import_module
 
-    if name in _FILE and _FILE[name] != name:
+    if name in _FILE:
         return getattr(import_module(f"{__name__}.{_FILE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

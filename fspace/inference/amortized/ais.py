@@ -92,10 +92,19 @@ def _run(
         weights = weights + (ladder[t] - ladder[t - 1]) * (joint - base)
         size = size if tune else sizes[t - 1]
         used.append(size)
-        kinetic_noise = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
-        chance = torch.rand(base.shape, generator=generator, dtype=z.dtype, device=z.device)
+        momentum = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
+        # a step of random length a chain: with one for all, a chain in a steep place would stay there
+        jitter, chance = torch.rand((2, *base.shape), generator=generator, dtype=z.dtype, device=z.device)
         z, base, joint, slopes, taken = _transition(
-            model, q, x, (z, base, joint, slopes), ladder[t], size, leapfrog, kinetic_noise, chance
+            model,
+            q,
+            x,
+            (z, base, joint, slopes),
+            ladder[t],
+            size * (0.4 + 0.8 * jitter),
+            leapfrog,
+            momentum,
+            chance,
         )
         accepted = accepted + taken
         if tune:
@@ -114,9 +123,9 @@ def _transition(
     momentum: Tensor,
     chance: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], Tensor]:
-    """One HMC step that leaves q^(1-beta) p^beta invariant; the state after it and the share accepted [B]."""
+    """One HMC step of sizes [K, B] that leaves q^(1-beta) p^beta invariant; new state, share accepted [B]."""
     z, base, joint, slopes = state
-    eps = size.reshape(1, -1, *[1] * (z.ndim - 2))
+    eps = size.reshape(*size.shape, *[1] * (z.ndim - 2))
     before = _tempered(base, joint, beta) - 0.5 * momentum.square().flatten(2).sum(-1)
     new, now = z, (base, joint, slopes)
     for _ in range(leapfrog):

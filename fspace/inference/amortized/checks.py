@@ -33,8 +33,8 @@ def log_weights(given: Tensor, dims: int = 2, positive: bool = False) -> None:
     zero = given == -torch.inf
     if positive:
         raise NumericalError(
-            f"log_weights{zero.nonzero()[0].tolist()} is -inf: {_first(zero)}. The baseline of this estimator is a mean "
-            "of log-weights, so every weight must be positive; `reinforce` and `rebar` need no such mean."
+            f"log_weights{zero.nonzero()[0].tolist()} is -inf: {_first(zero)}. The baseline of this estimator is a "
+            "mean of log-weights, so every weight must be positive; `reinforce` and `rebar` need no such mean."
         )
     datum = zero.all(-2).nonzero()[0, -1].item()
     raise NumericalError(
@@ -70,8 +70,8 @@ def known(log_weights: Tensor, datum: int, sample: int) -> None:
     if bool(wrong.any()):
         k, b = wrong.nonzero()[0].tolist()
         raise NumericalError(
-            f"The log-weight of datum {datum + b}, sample {sample + k} is {log_weights[k, b].item()}. Is the datum NaN or "
-            "outside the likelihood's support, or does the proposal's density underflow?"
+            f"The log-weight of datum {datum + b}, sample {sample + k} is {log_weights[k, b].item()}. Is the datum NaN "
+            "or outside the likelihood's support, or does the proposal's density underflow?"
         )
 
 
@@ -106,8 +106,9 @@ def temperature(given: float | Tensor) -> None:
         raise OptionError(
             f"temperature must be one number for all; it is a tensor of shape {tuple(given.shape)}."
         )
-    if not float(given) > 0 or float(given) == float("inf"):
-        raise OptionError(f"temperature={float(given)} must be a finite number above 0.")
+    value = given.item() if isinstance(given, Tensor) else given
+    if not 0 < value < float("inf"):
+        raise OptionError(f"temperature={value} must be a finite number above 0.")
 
 
 def support(inside: Tensor, values: Tensor, name: str, what: str) -> None:

@@ -21,7 +21,7 @@ class LogLikelihood(NamedTuple):
     log_likelihood   nats; its mean is a lower bound of log p(x) (IWAE with that many samples).
     standard_error   of log_likelihood, by the delta method; too small where pareto_k is high.
     ess              effective sample size, (sum w)^2 / sum w^2.
-    pareto_k         shape of the tail of the weights: above 0.7 the estimate is not to be trusted; NaN below 25 samples.
+    pareto_k         shape of the tail of the weights: above 0.7 do not trust the estimate; NaN below 21 samples.
     """
 
     log_likelihood: Float[Tensor, " b"]

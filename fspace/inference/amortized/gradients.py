@@ -18,7 +18,7 @@ from fspace.inference.amortized import bounds
 from fspace.inference.amortized.latent import LogTerms
 
 if TYPE_CHECKING:
-    from fspace.inference.amortized.rebar import ControlEstimate
+    from fspace.inference.amortized.control_variates import ControlEstimate
 
 
 class Estimate(NamedTuple):

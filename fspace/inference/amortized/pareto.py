@@ -19,8 +19,8 @@ def tail_length(samples: int) -> int:
 def pareto_k(log_weights: Float[Tensor, "k b"], samples: int) -> Float[Tensor, " b"]:
     """Shape of a generalised Pareto fit to the tail. Above 0.7 the mean of the weights is not to be trusted.
 
-    log_weights: at least the tail_length(samples) + 1 greatest of `samples`; NaN where the tail is shorter than five (it
-    cannot be said), -inf where the tail has no spread.
+    log_weights: at least the tail_length(samples) + 1 greatest of `samples`. NaN where the tail is shorter than five:
+    it cannot be said; -inf where it has no spread.
     Sources: Zhang and Stephens (2009); Vehtari, Simpson, Gelman, Yao and Gabry (2024).
     """
     tail = tail_length(samples)

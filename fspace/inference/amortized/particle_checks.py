@@ -93,29 +93,34 @@ def shaped(name: str, given: Tensor, shape: tuple[int, ...]) -> None:
 
 def answer(found: Any, t: int, particles: int, series: int) -> tuple[Any, Tensor]:
     """The state and log-weight that init (t = 0) or step returned; OptionError where they are not such."""
-    source = "init" if t == 0 else f"step (t = {t})"
     if not isinstance(found, tuple) or len(found) != 2:
-        raise OptionError(f"{source} must return (state, log_weight), not {type(found).__name__}.")
+        raise OptionError(
+            f"{_source('step', t)} must return (state, log_weight), not {type(found).__name__}."
+        )
     state, log_weight = found
     for leaf in [state] if isinstance(state, Tensor) else tree_leaves(state):
         if not isinstance(leaf, Tensor) or leaf.shape[:2] != (particles, series):
             shape = list(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
             raise OptionError(
-                f"{source} returned a state with {shape}; every tensor of it must be [particles, series, ...] = "
-                f"[{particles}, {series}, ...]."
+                f"{_source('step', t)} returned a state with {shape}; every tensor of it must be [particles, series, "
+                f"...] = [{particles}, {series}, ...]."
             )
-    return state, density(source, log_weight, particles, series)
+    return state, density("step", t, log_weight, particles, series)
 
 
-def density(source: str, found: Any, particles: int, series: int) -> Tensor:
+def density(source: str, t: int, found: Any, particles: int, series: int) -> Tensor:
     """A log-weight or log twist [N, B]; OptionError where it is not."""
     if not isinstance(found, Tensor) or not found.is_floating_point() or found.shape != (particles, series):
         shape = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         raise OptionError(
-            f"{source} returned {shape} for the log-weights; they must be real numbers of shape [particles, series] = "
-            f"[{particles}, {series}]."
+            f"{_source(source, t)} returned {shape} for the log-weights; they must be real numbers of shape "
+            f"[particles, series] = [{particles}, {series}]."
         )
     return found
+
+
+def _source(name: str, t: int) -> str:
+    return "init" if name == "step" and t == 0 else f"{name} (t = {t})"
 
 
 def weights(summed: Float[Tensor, "t b"], log_weights: list[Tensor], length: Int[Tensor, " b"]) -> None:

@@ -50,8 +50,9 @@ def systematic(weights: Float[Tensor, "n b"], uniforms: Float[Tensor, "1 b"]) ->
     """
     particles = len(weights)
     cumulated = weights.detach().double().cumsum(0)
-    offset = uniforms.double().clamp(max=1.0 - 2.0**-30)  # nearer to 1, N - u would be rounded to N - 1
-    ends = (cumulated / cumulated[-1:]).mul_(particles).sub_(offset).ceil_().long().clamp_(0, particles)
+    # A hair away from 0 and 1, so that no rounding error of the sum moves a point across the end of a stretch.
+    offset = uniforms.double().clamp(2.0**-30, 1.0 - 2.0**-30)
+    ends = cumulated.mul_(particles / cumulated[-1:]).sub_(offset).ceil_().long().clamp_(0, particles)
     stretches = ends.new_zeros(particles + 1, weights.shape[1])
     return stretches.scatter_add_(0, ends, ends.new_ones(()).expand_as(ends)).cumsum(0)[:particles]
 

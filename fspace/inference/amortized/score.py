@@ -58,11 +58,13 @@ def vimco(terms: LogTerms) -> Estimate:
 def leave_one_out(log_weights: Float[Tensor, "k b"]) -> Float[Tensor, "k b"]:
     """The IWAE bound with log-weight k replaced by the mean of the others, for each k."""
     k = log_weights.shape[0]
-    others = (log_weights.sum(0) - log_weights) / (k - 1)
-    replaced = torch.where(
-        torch.eye(k, dtype=torch.bool, device=log_weights.device)[..., None], others, log_weights
-    )
-    return replaced.logsumexp(1) - math.log(k)
+    none = torch.full_like(log_weights[:1], -torch.inf)
+    before = torch.cat(
+        [none, log_weights[:-1].logcumsumexp(0)]
+    )  # memory linear in k, and no difference of sums
+    after = torch.cat([none, log_weights[1:].flip(0).logcumsumexp(0)]).flip(0)
+    mean = (log_weights.sum(0) - log_weights) / (k - 1)
+    return torch.logaddexp(torch.logaddexp(before, after), mean) - math.log(k)
 
 
 def wake_wake(terms: LogTerms) -> Estimate:

@@ -8,13 +8,14 @@ A model is two pure functions; N particles, B series, observations a tensor or a
 state is a tensor or a pytree of tensors [N, B, ...] with whatever the next step needs: the latent, a recurrent state, a
 function drawn for each particle. log_weight is [N, B], a log density ratio. observation is the slice [B, ...] of step
 t, and noise the slice [N, B, ...] of `noise` [T, N, B, ...], random numbers drawn beforehand; where none are given it
-is None, and a model that needs some draws them itself. A twist is twist(state, t) -> log r_t(z_t) [N, B], finite.
+is None, and a model that needs some draws them itself. A twist is twist(state, t) -> log r_t(z_t) [N, B], finite; it is
+called at every step, and what it says where a series ends is not used: r_T = 1.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -88,6 +89,7 @@ def filter(
     uniforms: Tensor | None = None,
     generator: torch.Generator | None = None,
     history: bool = True,
+    compiled: bool = False,
 ) -> Filtered:
     """Run `particles` particles through each series; init, step and twist are as the module says.
 
@@ -95,7 +97,8 @@ def filter(
     after a series' end is not looked at: step then sees its last observation, and what it answers is dropped.
     resampling: "systematic", "stratified", "multinomial" or "residual". criterion: a series is resampled where its
     effective sample size is at most threshold * N ("ess"), after every step ("always"), or "never", which makes the
-    log evidence the importance-weighted bound (IWAE). No series is resampled after its last step.
+    log evidence the importance-weighted bound (IWAE). No series is resampled after its last step. Where observations
+    say much, a threshold nearer to 1 gives a tighter bound.
 
     ancestor_grad says what the gradient of `surrogate` does about the choice of ancestors:
       None       nothing: low variance, biased.
@@ -108,10 +111,11 @@ def filter(
     what was drawn is the length of an interval that may be arbitrarily short, and its score has infinite variance.
 
     uniforms are resampling's random numbers, [T, 1, B] for "systematic", [T, N, B] for the others, [T, N, N, B] for
-    relaxed ancestors; drawn from `generator` (on the observations' device) where not given. Weights are float64;
-    gradients are of first order. Raises DataError for lengths, observations or noise that do not fit, OptionError for
-    an option and for what init, step or twist return, NumericalError where a series' weights are NaN, +inf or all
-    -inf, naming series and step.
+    relaxed ancestors; drawn from `generator` (on the observations' device) where not given. compiled=True puts each
+    step, the model's and the filter's, through torch.compile, anew for every `step` object and shape.
+    Weights are float64; gradients are of first order. Raises DataError for lengths, observations or noise that do not
+    fit, OptionError for an option and for what init, step or twist return, NumericalError where a series' weights are
+    NaN, +inf or all -inf, naming series and step.
     Sources: Maddison et al. 2017 (Filtering Variational Objectives); Lawson et al. 2022 (SIXO).
     """
     checks.options(particles, resampling, criterion, threshold, ancestor_grad, temperature)
@@ -121,67 +125,40 @@ def filter(
     limit = {"ess": threshold * particles, "always": math.inf, "never": -math.inf}[criterion]
     time = torch.arange(steps, device=device)[:, None]
     last = time == length - 1
-    inner = time < length - 1  # the steps after which a series may be resampled
-    alive = (inner | last).unbind() if bool((length < steps).any()) else None
-    if alive is not None:
+    inner = (time < length - 1).unbind()  # the steps after which a series may be resampled
+    alive: Sequence[Tensor | None] = [None] * steps
+    if bool((length < steps).any()):
+        alive = (time < length).unbind()
         observations = each(lambda leaf: _last_held(leaf, length), observations)
-    numbers: list[Tensor] = []
+    numbers: Sequence[Tensor | None] = [None] * steps
     if criterion != "never":
-        width = (
-            (particles, particles)
-            if ancestor_grad == "relaxed"
-            else (1 if resampling == "systematic" else particles,)
-        )
-        shape = (steps, *width, series)
+        each_step = (1,) if resampling == "systematic" else (particles,)
+        shape = (steps, *(each_step if ancestor_grad != "relaxed" else (particles, particles)), series)
         if uniforms is None:
             uniforms = torch.rand(shape, dtype=torch.float64, generator=generator, device=device)
         checks.shaped("uniforms", uniforms, shape)
-        numbers = list(uniforms.unbind())
+        numbers = uniforms.unbind()
     if baseline is not None:
         checks.shaped("baseline", baseline, (steps, series))
 
-    unmixed = torch.eye(particles, dtype=torch.float64, device=device)[:, :, None]
-    stay = torch.arange(particles, device=device)[:, None].expand(particles, series)
-    log_weight = torch.zeros(particles, series, dtype=torch.float64, device=device)
-    state, parents, log_twist = None, stay, torch.zeros_like(log_weight)
+    plan = _Plan(
+        step, twist, particles, series, resampling, criterion, limit, ancestor_grad, temperature,
+        stay=torch.arange(particles, device=device)[:, None].expand(particles, series),
+    )  # fmt: skip
+    advance = torch.compile(_advance) if compiled else _advance
+    nothing = torch.zeros(particles, series, dtype=torch.float64, device=device)
+    carried = _Carried(None, nothing, nothing, plan.stay)
     trace: list[_Step] = []
-    scores: list[Tensor] = []
     for t, (observation, random) in enumerate(zip(_by_step(observations, steps), _by_step(noise, steps))):
-        answer = step(state, observation, t, random) if t else init(particles, observation, random)
-        moved, increment = checks.answer(answer, t, particles, series)
-        if alive is not None and t:
-            moved, increment = _halted(alive[t], moved, state, increment)
-        state, before = moved, log_twist
-        if twist is not None:
-            log_twist = checks.density(f"twist (t = {t})", twist(state, t), particles, series).double()
-            log_twist = torch.where(inner[t], log_twist, 0.0)  # r_T = 1
-            increment = increment + log_twist - before
-        log_weight = log_weight + (increment if ancestor_grad else increment.detach()).double()
-        known = log_weight.detach()
-        peak = known.amax(0)
-        mass = (known - peak).exp()
-        total = mass.sum(0)
-        size = total.square() / mass.square().sum(0)
-        chosen = inner[t] & (size <= limit)
-        untwisted = known if twist is None else known - log_twist.detach()
-        if trace and not history:
-            trace[-1] = trace[-1]._replace(state=None)
-        trace.append(_Step(state, parents, increment, untwisted, peak, mass, total, size, chosen))
-        if criterion == "never" or t == steps - 1:
-            continue
-
-        if ancestor_grad == "relaxed":
-            mix = relaxed(log_weight.log_softmax(0), numbers[t], temperature)
-            parents = torch.where(chosen, mix.argmax(1), stay)
-            carry = partial(_mixed, mix=torch.where(chosen, mix, unmixed))
+        given = (observation, random, alive[t], inner[t], numbers[t])
+        if t:
+            carried, done = advance(plan, carried, t, *given)
+            if not history:
+                trace[-1] = trace[-1]._replace(state=None)
         else:
-            parents = torch.where(chosen, SCHEMES[resampling](mass, numbers[t]), stay)
-            carry = partial(gather, index=parents)
-        if ancestor_grad == "score":
-            scores.append(torch.where(chosen, log_weight.log_softmax(0).gather(0, parents).sum(0), 0.0))
-        state = each(carry, state)
-        log_twist = log_twist if twist is None else carry(log_twist)
-        log_weight = torch.where(chosen, 0.0, log_weight)
+            state, increment = checks.answer(init(particles, observation, random), 0, particles, series)
+            carried, done = _weigh(plan, carried, 0, state, increment, *given[3:])
+        trace.append(done)
 
     kept = _Step(*map(list, zip(*trace)))
     resampled = torch.stack(kept.chosen)
@@ -191,10 +168,10 @@ def filter(
     gathered = torch.where(closed, summed, 0.0)
     log_evidence = _LogEvidence.apply(gathered.sum(0), closed, kept.mass, kept.total, *kept.increment)
     surrogate = log_evidence
-    if scores:
-        reward = (gathered.sum(0) - gathered.cumsum(0))[:-1]
-        reward = reward if baseline is None else reward - baseline[:-1].detach()
-        score = torch.stack(scores)
+    if ancestor_grad == "score" and criterion != "never":
+        reward = gathered.sum(0) - gathered.cumsum(0)
+        reward = reward if baseline is None else reward - baseline.detach()
+        score = torch.stack(kept.score)
         surrogate = log_evidence + (reward * (score - score.detach())).sum(0)
     return Filtered(
         log_evidence,
@@ -208,8 +185,33 @@ def filter(
     )
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What is the same at every step."""
+
+    step: Callable[..., Any]
+    twist: Callable[..., Any] | None
+    particles: int
+    series: int
+    resampling: str
+    criterion: str
+    limit: float  # resampled where the effective sample size is at most this
+    ancestor_grad: str | None
+    temperature: float
+    stay: Tensor  # [N, B], each particle its own parent
+
+
+class _Carried(NamedTuple):
+    """What a step hands to the next, resampled."""
+
+    state: Any
+    log_weight: Any  # [N, B]
+    log_twist: Any  # [N, B]
+    parents: Any  # [N, B], where each was before resampling
+
+
 class _Step(NamedTuple):
-    """What the loop keeps of a step; after it, lists over steps."""
+    """What is kept of a step; after the loop, lists over steps."""
 
     state: Any
     parents: Any
@@ -218,8 +220,61 @@ class _Step(NamedTuple):
     peak: Any  # largest log-weight [B]
     mass: Any  # exp(log-weight - peak) [N, B]
     total: Any  # sum of mass [B]
-    size: Any
-    chosen: Any
+    size: Any  # effective sample size [B]
+    chosen: Any  # resampled [B]
+    score: Any  # log-probability of the ancestors [B]
+
+
+def _advance(
+    plan: _Plan, before: _Carried, t: int, observation: Any, random: Any, alive: Any, inner: Any, numbers: Any
+) -> tuple[_Carried, _Step]:
+    """One step of the model, then of the filter."""
+    answer = plan.step(before.state, observation, t, random)
+    state, increment = checks.answer(answer, t, plan.particles, plan.series)
+    if alive is not None:  # a series that has ended stands still
+        state = each(lambda new, old: torch.where(against(alive, new), new, old), state, before.state)
+        increment = torch.where(alive, increment, 0.0)
+    return _weigh(plan, before, t, state, increment, inner, numbers)
+
+
+def _weigh(
+    plan: _Plan, before: _Carried, t: int, state: Any, increment: Tensor, inner: Tensor, numbers: Any
+) -> tuple[_Carried, _Step]:
+    """Weights after an increment, and the particles resampled where they have become too uneven."""
+    log_twist = before.log_twist
+    if plan.twist is not None:
+        log_twist = checks.density("twist", t, plan.twist(state, t), plan.particles, plan.series).double()
+        log_twist = torch.where(inner, log_twist, 0.0)  # r_T = 1
+        increment = increment + log_twist - before.log_twist
+    log_weight = before.log_weight + (increment if plan.ancestor_grad else increment.detach()).double()
+    known = log_weight.detach()
+    peak = known.amax(0)
+    mass = (known - peak).exp()
+    total = mass.sum(0)
+    size = total.square() / mass.square().sum(0)
+    chosen = inner & (size <= plan.limit)
+    untwisted = known if plan.twist is None else known - log_twist.detach()
+
+    score = None
+    parents = plan.stay
+    if plan.criterion != "never":
+        if plan.ancestor_grad == "relaxed":
+            mix = relaxed(log_weight.log_softmax(0), numbers, plan.temperature)
+            parents = torch.where(chosen, mix.argmax(1), plan.stay)
+            unmixed = torch.eye(plan.particles, dtype=mix.dtype, device=mix.device)[:, :, None]
+            carry = partial(_mixed, mix=torch.where(chosen, mix, unmixed))
+        else:
+            parents = torch.where(chosen, SCHEMES[plan.resampling](mass, numbers), plan.stay)
+            carry = partial(gather, index=parents)
+        resampled = each(carry, state)
+        log_twist = log_twist if plan.twist is None else carry(log_twist)
+        if plan.ancestor_grad == "score":
+            score = torch.where(chosen, log_weight.log_softmax(0).gather(0, parents).sum(0), 0.0)
+        log_weight = torch.where(chosen, 0.0, log_weight)
+    else:
+        resampled = state
+    done = _Step(state, before.parents, increment, untwisted, peak, mass, total, size, chosen, score)
+    return _Carried(resampled, log_weight, log_twist, parents), done
 
 
 class _LogEvidence(torch.autograd.Function):
@@ -253,6 +308,8 @@ class _LogEvidence(torch.autograd.Function):
 
 def gather(leaf: Tensor, index: Int[Tensor, "m b"]) -> Tensor:
     """leaf[index[m, b], b] of a tensor [N, B, ...]: [M, B, ...]."""
+    if leaf.ndim == 2:
+        return leaf.gather(0, index)
     particles, series = leaf.shape[:2]
     if leaf.numel() == particles * series:
         return leaf.gather(0, index.reshape(*index.shape, *[1] * (leaf.ndim - 2)))
@@ -270,12 +327,6 @@ def each(function: Callable[..., Tensor], tree: Any, *others: Any) -> Any:
 def against(flags: Bool[Tensor, " b"], leaf: Tensor) -> Tensor:
     """Flags [B] shaped to be broadcast against a tensor [N, B, ...]."""
     return flags.reshape(-1, *[1] * (leaf.ndim - 2))
-
-
-def _halted(alive: Bool[Tensor, " b"], moved: State, state: State, increment: Tensor) -> tuple[State, Tensor]:
-    """State and increment of one step; of a series that has ended, the state it had and 0."""
-    state = each(lambda new, old: torch.where(against(alive, new), new, old), moved, state)
-    return state, torch.where(alive, increment, 0.0)
 
 
 def _mixed(leaf: Tensor, mix: Float[Tensor, "n n b"]) -> Tensor:

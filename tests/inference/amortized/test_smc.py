@@ -1,6 +1,9 @@
 """Particle filter: ragged batches by hand, padding, axes, the bounds it contains, modules, devices, what it refuses."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -258,6 +261,27 @@ def test_first_order_gradients_also_by_functional_transforms():
     scale = torch.tensor(0.7, requires_grad=True)
     (expected,) = torch.autograd.grad(bound(scale), scale)
     assert torch.equal(torch.func.grad(bound)(torch.tensor(0.7)), expected)
+
+
+def compare_compiled():
+    """Values, ancestors and gradients of compiled steps; run by the test below."""
+    for options in ({}, SCORE):
+        x, noise, uniforms = inputs()
+        x[LENGTHS[1] :, 1] = torch.nan
+        plain, gradient = evaluate(x, LENGTHS, noise, uniforms, **options)
+        fast, same = evaluate(x, LENGTHS, noise, uniforms, compiled=True, **options)
+        assert torch.equal(plain.ancestors, fast.ancestors)
+        assert torch.allclose(plain.log_evidence, fast.log_evidence, rtol=1e-10)
+        assert torch.allclose(gradient, same, rtol=1e-8, atol=1e-10)
+        assert not torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.slow
+def test_compiled_steps_give_the_same():
+    """In a process of its own: the checks of shapes that tests switch on cannot be compiled."""
+    command = [sys.executable, "-W", "ignore", "-c", "import test_smc; test_smc.compare_compiled()"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
 
 
 def test_device(device):
