@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fspace.errors import DataError, OptionError
-from fspace.inference.amortized import bounds, gradients, rebar, score
+from fspace.inference.amortized import bounds, control_variates, gradients, score
 from fspace.inference.amortized.concrete import BinaryConcrete, Concrete, relaxed_log_weights
 from fspace.inference.amortized.evaluate import LogLikelihood
 from fspace.inference.amortized.evaluate import log_likelihood as by_importance
@@ -230,7 +230,11 @@ class VAE(AmortizedModel):
         assert isinstance(q, Bernoulli | Categorical)
         shape, kind = (self.samples, *q.logits.shape), {"generator": generator, "device": x.device}
         u, v = torch.rand(shape, **kind), torch.rand(shape, **kind)  # type: ignore[call-overload]
-        couple = rebar.couple_binary if isinstance(q, Bernoulli) else rebar.couple_categorical
+        couple = (
+            control_variates.couple_binary
+            if isinstance(q, Bernoulli)
+            else control_variates.couple_categorical
+        )
         coupling = couple(q.logits, u, v)
 
         def objective(z: Tensor) -> Tensor:
@@ -239,7 +243,7 @@ class VAE(AmortizedModel):
             return bounds.iwae(joint - _mass(q.logits, z, self.latent))
 
         if self.objective == "rebar":
-            found = rebar.rebar(objective, coupling, self.log_temperature.exp(), self.eta)
+            found = control_variates.rebar(objective, coupling, self.log_temperature.exp(), self.eta)
         else:
             warm = self.log_temperature.exp()
 
@@ -248,7 +252,7 @@ class VAE(AmortizedModel):
                 learned = self.control(soft.flatten(2))[..., 0].mean(0)
                 return self.eta * objective(soft) + learned
 
-            found = rebar.relax(objective, control, coupling)
+            found = control_variates.relax(objective, control, coupling)
         return Step(
             found.bound,
             [

@@ -54,7 +54,7 @@ def squares(n=200, seed=0):
     return x
 
 
-@pytest.mark.parametrize("patch", [3, 0])
+@pytest.mark.parametrize("patch", [pytest.param(3, marks=pytest.mark.slow), 0])
 def test_learns_squares(patch):
     """Much better than columns by themselves, and its samples are squares: nine bright pixels."""
     x = squares(400)
