@@ -28,6 +28,7 @@ FORMAT = 1
 MODELS = {  # what a file may name: nothing else is ever made from one
     "GPPriorVAE": "fspace.inference.amortized.gp_prior",
     "DRAW": "fspace.inference.amortized.draw",
+    "SemiSupervisedVAE": "fspace.inference.amortized.semi_supervised",
     "VAE": "fspace.inference.amortized.vae",
     "VRNN": "fspace.inference.amortized.vrnn",
     "GPStateSpace": "fspace.inference.amortized.gp_state_space",

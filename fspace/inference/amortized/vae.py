@@ -142,7 +142,7 @@ class VAE(AmortizedModel):
         """q(z | x); of discrete latents, of their hard values."""
         out = self.encoder(self.observations.read(x))
         if self.latent == "gaussian":
-            first = _gaussian(out)
+            first = gaussian_of(out)
             return Chain(first, list(self.upwards)) if len(self.upwards) else first
         return Bernoulli(out) if self.latent == "bits" else Categorical(self._grouped(out))
 
@@ -353,7 +353,7 @@ class GaussianLayer(nn.Module):
 
     def forward(self, z: Float[Tensor, "b k"]) -> DiagonalGaussian:
         """Its Gaussian."""
-        return _gaussian(self.network(z))
+        return gaussian_of(self.network(z))
 
 
 class _Seen:
@@ -364,7 +364,8 @@ class _Seen:
         self.log_joint: Callable[[Tensor, Any], Tensor] = model.log_joint
 
 
-def _gaussian(out: Float[Tensor, "*b k"]) -> DiagonalGaussian:
+def gaussian_of(out: Float[Tensor, "*b k"]) -> DiagonalGaussian:
+    """The Gaussian that a network's numbers say; standard deviation 1 where it says 0."""
     mean, raw = out.chunk(2, dim=-1)
     return DiagonalGaussian(mean, nn.functional.softplus(raw + math.log(math.e - 1)) + 1e-5)
 
