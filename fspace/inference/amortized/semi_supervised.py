@@ -26,7 +26,7 @@ from fspace.inference.amortized.evaluate import log_likelihood as by_importance
 from fspace.inference.amortized.model import AmortizedModel
 from fspace.inference.amortized.observations import Observations, check_rows
 from fspace.inference.amortized.proposals import DiagonalGaussian
-from fspace.inference.amortized.training import Rows, Step, plan_of, train
+from fspace.inference.amortized.training import Rows, Step, hold_out, plan_of, train
 from fspace.inference.amortized.vae import gaussian_of
 from fspace.inference.numerics import seeded
 from fspace.kernels.extractors import MLP
@@ -78,15 +78,8 @@ class SemiSupervisedVAE(AmortizedModel):
         with seeded(how.seed):
             self._make(self.shape_of((x, y)))
         x, y = x.to(self.where), y.to(self.where)
-        generator = torch.Generator(device=self.where).manual_seed(how.seed)
-        order = torch.randperm(len(x), generator=generator, device=self.where)
-        order = order[(y[order] != UNKNOWN).long().argsort(stable=True)]  # the unlabelled first
-        held = max(1, round(how.held_out * len(x)))
-        judged = None
-        if int((y == UNKNOWN).sum()) > held:
-            judged = (x[order[:held]], y[order[:held]])
-            x, y = x[order[held:]], y[order[held:]]
-        self.history_ = train(self, (x, y), how, judged)
+        kept, held = hold_out(y != UNKNOWN, how)
+        self.history_ = train(self, (x[kept], y[kept]), how, (x[held], y[held]))
         return self
 
     @property
