@@ -154,7 +154,7 @@ def encode(
     model: Annotated[
         str | None,
         typer.Option(
-            help="vae, draw, vrnn or gp-prior; without it vae, of series vrnn, of one series gp-prior."
+            help="vae, draw, vrnn, causal or gp-prior; without it vae, of series vrnn, of one series gp-prior."
         ),
     ] = None,
     latents: Annotated[int | None, typer.Option(help="How many latents (of draw: at every step).")] = None,
@@ -194,9 +194,9 @@ def encode(
 ) -> None:
     """Fit a model with latents, and write latents, log-likelihoods, reconstructions, the model and a report.
 
-    Rows and images: a variational autoencoder, or DRAW. Series (--series, --time): a variational recurrent network, or
-    an autoencoder with a Gaussian process prior along time, which may have gaps. Ctrl-C ends the fit early: everything
-    is written about its best state so far, and the exit status is 130.
+    Rows and images: a variational autoencoder, or DRAW. Series (--series, --time): a variational recurrent network, an
+    autoencoder of causal convolutions, or one with a Gaussian process prior along time, which may have gaps. Ctrl-C ends
+    the fit early: everything is written about its best state so far, and the exit status is 130.
     """
     from fspace.encoding import EncodeRun, encode_data
 

@@ -38,20 +38,23 @@ from fspace.predictive_base import check_seed
 from fspace.progress import progress
 from fspace.runs import _versions, to_json
 
-NAMES = {"vae": "VAE", "draw": "DRAW", "vrnn": "VRNN", "gp-prior": "GPPriorVAE"}
+NAMES = {"vae": "VAE", "draw": "DRAW", "vrnn": "VRNN", "causal": "CausalVAE", "gp-prior": "GPPriorVAE"}
 TAKES = {  # kinds of data, and how to say so
     "vae": (("rows", "images"), "rows of a table, or images"),
     "draw": (("images",), "images"),
     "vrnn": (("series",), "series: a table with --series or --time"),
+    "causal": (("series",), "series: a table with --series or --time"),
     "gp-prior": (("series",), "series: a table with --series or --time, or images as the frames of one"),
 }
 SAMPLES = {
     "vae": 500,
     "draw": 50,
     "vrnn": 64,
+    "causal": 64,
     "gp-prior": 50,
 }  # behind a log-likelihood; particles of a filter
 STEPS = 15  # in a pass over the data, at least, where they are as many
+SEVERAL = ("vrnn", "causal")  # which learn from several series, without gaps
 AT_ONCE = {"rows": 1000, "images": 1000, "series": 16}
 ACTIVE = 0.01  # variance of a latent's mean over the data. Source: Burda et al. (2016)
 
@@ -102,7 +105,7 @@ def encode_data(run: EncodeRun, quiet: bool = False) -> dict[str, Any]:
     folder = choose_folder(run.out, run.overwrite)
     if same_file(run.data, folder, RESULTS):
         raise OptionError(f"--out {folder}: the results would replace {run.data}, which they are made from.")
-    material = read_material(run.data, run.series, run.time, run.label, run.drop, run.model != "vrnn")
+    material = read_material(run.data, run.series, run.time, run.label, run.drop, run.model not in SEVERAL)
     name = run.model or _usual(material)
     if name == "gp-prior" and material.kind == "images":
         material = material.as_frames()
@@ -157,9 +160,9 @@ def _made(name: str, material: Material, train: NDArray, options: dict[str, Any]
     kinds, words = TAKES[name]
     if material.kind not in kinds:
         raise DataError(f"--model {name} takes {words}; {material.source} holds {material.kind}.")
-    if name == "vrnn" and len(train) < 2:
+    if name in SEVERAL and len(train) < 2:
         raise DataError(
-            "--model vrnn learns from at least two series, of which some are held out to tell when to stop. Use "
+            f"--model {name} learns from at least two series, of which some are held out to tell when to stop. Use "
             "--model gp-prior, or name the column that tells series apart (--series)."
         )
     kind = getattr(import_module(MODELS[NAMES[name]]), NAMES[name])
@@ -191,7 +194,7 @@ def _plan(name: str, units: int) -> dict[str, Any]:
     """How to train: few rows or series would make few steps in a pass over them."""
     if name == "gp-prior":
         return {"learning_rate": 1e-2, "epochs": 600, "patience": 100}
-    rate = {"learning_rate": 3e-3} if name == "vrnn" or units < 1000 else {}
+    rate = {"learning_rate": 3e-3} if name in SEVERAL or units < 1000 else {}
     return rate | {"batch_size": min(100, max(8, units // STEPS))}
 
 
@@ -208,7 +211,7 @@ def _data(name: str, material: Material, units: NDArray) -> Any:
     if material.kind != "series":
         return material.values[units].astype(np.float32)
     parts = [material.parts[k] for k in units]
-    if name == "vrnn":
+    if name in SEVERAL:
         return [material.flat[rows] for rows in parts]
     assert material.times is not None
     return [(material.times[rows], material.values[rows]) for rows in parts]
@@ -267,6 +270,19 @@ def _filtered(name: str, model: Any, material: Material, units: NDArray) -> dict
     }
 
 
+def _convolved(name: str, model: Any, material: Material, units: NDArray) -> dict[str, Any]:
+    data = _data(name, material, units)
+    bounds = {
+        key: array(value).astype(np.float64) for key, value in model.bounds(data, SAMPLES[name]).items()
+    }
+    return {
+        "means": np.concatenate([array(q.mean) for q in model.encode(data)]).astype(np.float64),
+        "reconstruction": np.concatenate([array(x) for x in model.reconstruct(data)]).astype(np.float64),
+        "log_likelihood": bounds["iwae"],
+        "bounds": bounds,
+    }
+
+
 def _functions(name: str, model: Any, material: Material, units: NDArray) -> dict[str, Any]:
     data = _data(name, material, units)
     latents = [q.latent(t) for q, (t, _) in zip(model.encode(data), data)]
@@ -280,7 +296,9 @@ def _functions(name: str, model: Any, material: Material, units: NDArray) -> dic
     }
 
 
-_ENCODERS = {"vae": _rows, "draw": _rows, "vrnn": _filtered, "gp-prior": _functions}
+_ENCODERS = {
+    "vae": _rows, "draw": _rows, "vrnn": _filtered, "causal": _convolved, "gp-prior": _functions
+}  # fmt: skip
 
 
 def alone(

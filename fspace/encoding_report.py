@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 
 from fspace import encoding_plots as plots
 from fspace.canvas import array
+from fspace.encoding import ACTIVE, SEVERAL
 from fspace.encoding_data import Material
 from fspace.page import PAGE, STYLE, captions_once, figure, grid
 
 SHOWN = 30  # images or rows that are shown beside their reconstructions
 NEW = 60  # new images; of rows five times as many
 WORDS = {"vae": "variational autoencoder", "draw": "DRAW", "vrnn": "variational recurrent network",
+         "causal": "variational autoencoder of causal convolutions",
          "gp-prior": "variational autoencoder with a Gaussian process prior"}  # fmt: skip
 BOUNDS = {
     "elbo": "ELBO", "iwae": "IWAE bound", "fivo": "FIVO bound", "relaxed": "relaxed bound (no bound of this model)"
@@ -63,16 +65,16 @@ def write_encoding_report(
     parts += [f"<p class='note'>{escape(note)}</p>" for note in results["notes"]]
     size = (6.4, 5.0)
     pictures = [figure(CAPTIONS["map"], plots.latent_map, said.means, *_colour(material, said), size=size)]
-    pictures.append(figure(CAPTIONS["active"], plots.active_units, said.means.var(axis=0), 0.01))
+    pictures.append(figure(CAPTIONS["active"], plots.active_units, said.means.var(axis=0), ACTIVE))
     parts.append("<h2>What did it find?</h2>" + grid(pictures))
     seen = _examples(name, model, material, said, shown)
     parts.append("<h2>What does it keep, and what does it make?</h2>" + grid(seen))
     history, unit = (
         results["history"],
-        {"vrnn": "nats per step", "gp-prior": "log density of hidden frames, nats"},
+        dict.fromkeys(SEVERAL, "bound, nats per step") | {"gp-prior": "log density of hidden frames, nats"},
     )
     own = [] if name in unit else history["train"]  # of whole series, in another unit
-    words = f"bound, {unit[name]}" if name == "vrnn" else unit.get(name, "bound, nats")
+    words = unit.get(name, "bound, nats")
     fitted = [
         figure(CAPTIONS["bound"], plots.bound_along, own, history["held_out"], history["best_epoch"], words),
         f"<figure>{_scores(results)}</figure>",

@@ -164,6 +164,29 @@ def test_series_are_put_in_order_and_answers_are_in_that_of_the_table(full_run, 
     assert "FIVO bound" in page and page.count("data:image/png") == 6
 
 
+def test_causal_convolutions_take_series_too(run, tmp_path):
+    write_table(waves(), tmp_path / "waves.csv")
+    arguments = [
+        "waves.csv",
+        "--series",
+        "who",
+        "--time",
+        "hour",
+        "--model",
+        "causal",
+        "--latents",
+        2,
+        *QUICK,
+    ]
+    assert run(*arguments)[0] == 0
+    model, latents = load("fspace-out/model.amortized"), read_table("fspace-out/latents.csv")
+    first = waves().query("who == 's0'").sort_values("hour")
+    q = model.encode(first[["a", "b"]].to_numpy())
+    np.testing.assert_allclose(latents[["z0", "z1"]].loc[first.index], q.mean, atol=1e-4)
+    scores = json.loads(open("fspace-out/metrics.json").read())["scores"]["fitted"]
+    assert set(scores["bounds"]) == {"elbo", "iwae"}
+
+
 def test_gaps_of_a_series_are_filled_by_a_gp_prior(full_run, tmp_path):
     t = np.linspace(0, 6, 30)
     table = pd.DataFrame({"t": t, "a": np.sin(t), "b": np.cos(t)})
@@ -228,7 +251,7 @@ def test_ctrl_c_keeps_the_best_state_and_writes_everything(full_run, tmp_path, m
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["flowers.csv", "--model", "gan"], ["--model gan", "vae, draw, vrnn, gp-prior"]),
+        (["flowers.csv", "--model", "gan"], ["--model gan", "vae, draw, vrnn, causal, gp-prior"]),
         (["flowers.csv"], ["'kind' holds text", "row 0", "--drop kind", "--label kind"]),
         (["flowers.csv", "--label", "kid"], ["--label kid", "Did you mean 'kind'"]),
         (["flower.csv"], ["no file 'flower.csv'"]),
