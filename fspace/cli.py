@@ -195,8 +195,8 @@ def encode(
     """Fit a model with latents, and write latents, log-likelihoods, reconstructions, the model and a report.
 
     Rows and images: a variational autoencoder, or DRAW. Series (--series, --time): a variational recurrent network, an
-    autoencoder of causal convolutions, or one with a Gaussian process prior along time, which may have gaps. Ctrl-C ends
-    the fit early: everything is written about its best state so far, and the exit status is 130.
+    autoencoder of causal convolutions, or one with a Gaussian process prior along time, which may have gaps. Ctrl-C
+    ends the fit early: everything is written about its best state so far, and the exit status is 130.
     """
     from fspace.encoding import EncodeRun, encode_data
 
