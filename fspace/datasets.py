@@ -271,3 +271,11 @@ def load_flights(
     if carrier:
         inputs["carrier"] = flights["carrier"]
     return inputs.reset_index(drop=True), flights["arr_delay"].astype(np.float64).reset_index(drop=True)
+
+
+def load_digits_images() -> tuple[Float[np.ndarray, "n c h w"], np.ndarray]:
+    """scikit-learn's handwritten digits: 1,797 images of 8 x 8 with values from 0 to 1, and their labels."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    return images.reshape(-1, 1, 8, 8) / 16.0, labels

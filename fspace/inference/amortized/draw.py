@@ -27,12 +27,14 @@ from fspace.predictive import check_count, generator_for
 
 
 class Drawing(NamedTuple):
-    """What came of some samples: canvas [k, b, c h w] before the likelihood; log p(z), log q(z) and KL [k, b]."""
+    """What came of some samples: canvas [k, b, c h w] before the likelihood; log p(z), log q(z) and KL [k, b]; means of
+    the latents of all steps [k, b, steps l], each given what was drawn before."""
 
     canvas: Tensor
     prior: Tensor
     proposal: Tensor
     divergence: Tensor
+    means: Tensor
 
 
 class DRAW(AmortizedModel):
@@ -127,6 +129,7 @@ class DRAW(AmortizedModel):
         canvas, reader = self._blank(rows)
         writer = reader
         prior, proposal, divergence = (canvas.new_zeros(rows) for _ in range(3))
+        means = []
         centred = self.observations.read(image.flatten(1)).unflatten(1, x.shape[1:])
         for _ in range(self.steps):
             shown = self.observations.mean(canvas)
@@ -137,15 +140,15 @@ class DRAW(AmortizedModel):
             std = nn.functional.softplus(raw + math.log(math.e - 1)) + 1e-5
             white = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
             z = mean + std * white
+            means.append(mean)
             constant = 0.5 * math.log(2 * math.pi) * self.latents
             prior = prior - 0.5 * z.square().sum(-1) - constant
             proposal = proposal - 0.5 * white.square().sum(-1) - std.log().sum(-1) - constant
             divergence = divergence + 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).sum(-1)
             writer = self.writer(z, writer)
             canvas = canvas + self.write(writer[0])
-        return Drawing(
-            *(part.unflatten(0, (samples, len(x))) for part in (canvas, prior, proposal, divergence))
-        )
+        found = (canvas, prior, proposal, divergence, torch.cat(means, dim=1))
+        return Drawing(*(part.unflatten(0, (samples, len(x))) for part in found))
 
     def _spread(self, x: Tensor) -> Tensor:
         return self.observations.scale.unflatten(0, x.shape[1:])
@@ -167,6 +170,21 @@ class DRAW(AmortizedModel):
         """One drawing of every image."""
         (x,) = self.rows_like_fitted(data)
         return self.draw_from(x, 1, generator_for(seed, self.where))
+
+    def latent_means(self, data: Any, seed: int | None = 0) -> Float[Tensor, "n l"]:
+        """Means of the latents of all steps along one drawing of every image [n, steps l]."""
+        return self.encode(data, seed).means[0]
+
+    @torch.no_grad()
+    def bounds(self, data: Any, samples: int = 1, seed: int | None = 0) -> dict[str, Float[Tensor, " n"]]:
+        """The bound "elbo" on log p of every image (nats), the mean of so many drawings."""
+        (x,) = self.rows_like_fitted(data)
+        made = self.draw_from(x, check_count(samples, 1), generator_for(seed, self.where))
+        return {
+            "elbo": bounds.elbo_with_kl(
+                self.observations.log_prob(x.flatten(1), made.canvas), made.divergence
+            )
+        }
 
     def reconstruct(self, data: Any, seed: int | None = 0) -> Tensor:
         """Means of the images [n, c, h, w] given one drawing."""

@@ -26,9 +26,12 @@ from fspace.inference.numerics import pick_device, seeded
 
 FORMAT = 1
 MODELS = {  # what a file may name: nothing else is ever made from one
+    "CausalVAE": "fspace.inference.amortized.causal",
     "GPPriorVAE": "fspace.inference.amortized.gp_prior",
     "DRAW": "fspace.inference.amortized.draw",
+    "SemiSupervisedVAE": "fspace.inference.amortized.semi_supervised",
     "VAE": "fspace.inference.amortized.vae",
+    "VAEKernelGP": "fspace.inference.amortized.vae_kernel",
     "VRNN": "fspace.inference.amortized.vrnn",
     "GPStateSpace": "fspace.inference.amortized.gp_state_space",
 }

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from safetensors.torch import load as read_tensors
 from safetensors.torch import save as write_tensors
 from torch import Tensor, nn
@@ -133,6 +133,19 @@ def train(model: Trainable, rows: Rows, plan: Plan, judged: Rows | None = None) 
         run.restore()
         model.eval()
     return run.history
+
+
+def hold_out(known: Bool[Tensor, " n"], plan: Plan) -> tuple[Int[Tensor, " k"], Int[Tensor, " h"]]:
+    """Positions of rows to train on, and of rows to hold out: at random, rows without a label (known: who has one)
+    before others, so that no label is lost where there are few. Raises DataError for fewer than two rows."""
+    n = len(known)
+    if n < 2:
+        raise DataError(f"There must be at least 2 rows to train on and to hold out; there is {n}.")
+    generator = torch.Generator(device=known.device).manual_seed(plan.seed)
+    order = torch.randperm(n, generator=generator, device=known.device)
+    order = order[known[order].long().argsort(stable=True)]
+    held = max(1, min(n - 1, round(plan.held_out * n)))
+    return order[held:], order[:held]
 
 
 def _epoch(run: _Run, rows: Rows, parameters: list[nn.Parameter], check: Any) -> float:

@@ -142,7 +142,7 @@ class VAE(AmortizedModel):
         """q(z | x); of discrete latents, of their hard values."""
         out = self.encoder(self.observations.read(x))
         if self.latent == "gaussian":
-            first = _gaussian(out)
+            first = gaussian_of(out)
             return Chain(first, list(self.upwards)) if len(self.upwards) else first
         return Bernoulli(out) if self.latent == "bits" else Categorical(self._grouped(out))
 
@@ -308,8 +308,8 @@ class VAE(AmortizedModel):
         return mean.unflatten(1, self.shape_["row"]) if len(self.shape_["row"]) > 1 else mean
 
     @torch.no_grad()
-    def sample(self, n: int = 1, seed: int | None = None) -> Tensor:
-        """n new rows, shaped as the data."""
+    def sample(self, n: int = 1, seed: int | None = None, noise: bool = True) -> Tensor:
+        """n new rows, shaped as the data; without noise, the mean of each given its latents."""
         generator, n = generator_for(seed, self.where), check_count(n, 1)
         if self.latent != "gaussian":
             shape = self.prior_logits if self.latent == "bits" else self._grouped(self.prior_logits)
@@ -319,7 +319,10 @@ class VAE(AmortizedModel):
             z = torch.randn(n, self.latents[-1], generator=generator, device=self.where)
             for layer in reversed(self.downwards):
                 z = layer(z).sample(1, generator)[0]
-        return self._shaped(self.observations.sample(self.decoder(z), generator))
+        out = self.decoder(z)
+        return self._shaped(
+            self.observations.sample(out, generator) if noise else self.observations.mean(out)
+        )
 
     def evaluate(self, data: Any, samples: int = 5000, seed: int | None = 0) -> LogLikelihood:
         """log p of every row by importance sampling, with standard error, effective sample size and Pareto's k."""
@@ -335,12 +338,12 @@ class VAE(AmortizedModel):
     @torch.no_grad()
     def bounds(self, data: Any, samples: int = 1, seed: int | None = 0) -> dict[str, Float[Tensor, " n"]]:
         """Bounds on log p of every row: "iwae" of the model itself with so many samples ("elbo" for one); of discrete
-        latents also "relaxed", the one that objective "concrete" climbs, which is no bound of the discrete model."""
+        latents also "relaxed", what objective "concrete" climbs, which is no bound of the discrete model."""
         (x,) = self.rows_like_fitted(data)
         generator, found = generator_for(seed, self.where), {}
         name = "elbo" if samples == 1 else "iwae"
         found[name] = bounds.iwae(log_terms(_Seen(self), x, check_count(samples, 1), generator).weights)
-        if self.objective == "concrete":
+        if self.latent != "gaussian":
             found["relaxed"] = bounds.iwae(self._relaxed(x, generator).relaxed)
         return found
 
@@ -354,7 +357,7 @@ class GaussianLayer(nn.Module):
 
     def forward(self, z: Float[Tensor, "b k"]) -> DiagonalGaussian:
         """Its Gaussian."""
-        return _gaussian(self.network(z))
+        return gaussian_of(self.network(z))
 
 
 class _Seen:
@@ -365,7 +368,8 @@ class _Seen:
         self.log_joint: Callable[[Tensor, Any], Tensor] = model.log_joint
 
 
-def _gaussian(out: Float[Tensor, "*b k"]) -> DiagonalGaussian:
+def gaussian_of(out: Float[Tensor, "*b k"]) -> DiagonalGaussian:
+    """The Gaussian that a network's numbers say; standard deviation 1 where it says 0."""
     mean, raw = out.chunk(2, dim=-1)
     return DiagonalGaussian(mean, nn.functional.softplus(raw + math.log(math.e - 1)) + 1e-5)
 

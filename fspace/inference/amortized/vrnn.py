@@ -9,27 +9,23 @@ variational objectives.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fspace.errors import DataError, OptionError
+from fspace.errors import OptionError
 from fspace.inference.amortized import smc
-from fspace.inference.amortized.model import AmortizedModel
+from fspace.inference.amortized.series import LIKELIHOODS, SeriesModel, log_gaussian, moments, parts_of
 from fspace.inference.amortized.training import Rows, Step
 from fspace.kernels.extractors import MLP
 from fspace.predictive import check_count, generator_for
 
 OBJECTIVES = ("elbo", "iwae", "fivo")
-LIKELIHOODS = ("bernoulli", "gaussian")
-SMALLEST = 1e-4  # variance of a latent, relative to the prior's at the start
 
 
-class VRNN(AmortizedModel):
+class VRNN(SeriesModel):
     """Variational recurrent network for series [T, p], or a list of them of any lengths.
 
     latents, hidden: sizes of z and h; objective: "fivo", "iwae" or "elbo"; particles: samples of each series;
@@ -58,27 +54,6 @@ class VRNN(AmortizedModel):
         self.latents, self.hidden, self.objective, self.particles = latents, hidden, objective, particles
         self.likelihood, self.device = likelihood, device
 
-    # -- data --------------------------------------------------------------------------------------------------
-
-    def prepare(self, data: Any) -> Rows:
-        """Series padded to one length: x [s, T, p] and lengths [s]."""
-        series = [_series(x, k) for k, x in enumerate(data if isinstance(data, list) else [data])]
-        if not series:
-            raise DataError("There is no series.")
-        widths = {x.shape[1] for x in series}
-        if len(widths) > 1:
-            raise DataError(f"Series differ in the columns of a step: {sorted(widths)}.")
-        if self.likelihood == "bernoulli":
-            for k, x in enumerate(series):
-                if not bool(((x == 0) | (x == 1)).all()):
-                    raise DataError(f"Series {k} holds values other than 0 and 1; use likelihood='gaussian'.")
-        longest = max(len(x) for x in series)
-        x = torch.stack([nn.functional.pad(x, (0, 0, 0, longest - len(x))) for x in series])
-        return x, torch.tensor([len(x) for x in series])
-
-    def shape_of(self, rows: Rows) -> dict[str, Any]:
-        return {"columns": rows[0].shape[-1]}
-
     def build(self, shape: dict[str, Any]) -> None:
         p, h, latents = shape["columns"], self.hidden, self.latents
         self.read_x, self.read_z = MLP(p, (h,), h), MLP(latents, (h,), h)
@@ -86,39 +61,9 @@ class VRNN(AmortizedModel):
         self.emission = MLP(2 * h, (h,), p if self.likelihood == "bernoulli" else 2 * p)
         self.cell = nn.GRUCell(2 * h, h)
         self.start = nn.Parameter(torch.zeros(h))
-        self.register_buffer("x_shift", torch.zeros(p))
-        self.register_buffer("x_scale", torch.ones(p))
-
-    def begin(self, rows: Rows) -> None:
-        """Mean and scale of x; the emission starts at the mean."""
-        x, lengths = rows
-        values = x[torch.arange(x.shape[1], device=x.device) < lengths[:, None]]
-        self.x_shift = values.mean(0)
-        bias: Tensor = self.emission.layers[-1].bias  # type: ignore[assignment]
-        with torch.no_grad():
-            if self.likelihood == "bernoulli":
-                bias.copy_(torch.logit(self.x_shift.clamp(1e-3, 1 - 1e-3)))
-            else:
-                spread = values.std(0, correction=0)
-                self.x_scale = torch.where(spread > 0, spread, torch.ones_like(spread))
+        self.remember(p)
 
     # -- the filter --------------------------------------------------------------------------------------------
-
-    def _density(self, x: Float[Tensor, "b p"], out: Float[Tensor, "n b q"]) -> Float[Tensor, "n b"]:
-        """log p(x) of what the emission says."""
-        if self.likelihood == "bernoulli":
-            x = x.expand_as(out)
-            return -nn.functional.binary_cross_entropy_with_logits(out, x, reduction="none").sum(-1)
-        mean, log_variance = out.chunk(2, dim=-1)
-        error = (x - self.x_shift) / self.x_scale - mean
-        each = -0.5 * (error.square() * (-log_variance).exp() + log_variance + math.log(2 * math.pi))
-        return (each - self.x_scale.log()).sum(-1)
-
-    def _mean(self, out: Tensor) -> Tensor:
-        """Mean of x of what the emission says."""
-        if self.likelihood == "bernoulli":
-            return out.sigmoid()
-        return out.chunk(2, dim=-1)[0] * self.x_scale + self.x_shift
 
     def _filtered(
         self, rows: Rows, particles: int, criterion: str, generator: torch.Generator, history: bool = False
@@ -132,14 +77,14 @@ class VRNN(AmortizedModel):
         def landed(h: Tensor, seen: tuple[Tensor, Tensor]) -> tuple[Any, Tensor]:
             value, told = seen
             told = told.expand(len(h), -1, -1)
-            mean, variance = _moments(self.prior(h))
-            centre, spread = _moments(self.proposal(torch.cat([h, told], -1)))
+            mean, variance = moments(self.prior(h))
+            centre, spread = moments(self.proposal(torch.cat([h, told], -1)))
             centre = mean + centre  # the proposal says how far from the prior
             white = torch.randn(centre.shape, generator=generator, dtype=h.dtype, device=h.device)
             z = centre + spread.sqrt() * white
             read_z = self.read_z(z)
-            weight = self._density(value, self.emission(torch.cat([h, read_z], -1)))
-            weight = weight + _gaussian(z - mean, variance) - _gaussian(z - centre, spread)
+            weight = self.density(value, self.emission(torch.cat([h, read_z], -1)))
+            weight = weight + log_gaussian(z - mean, variance) - log_gaussian(z - centre, spread)
             moved = self.cell(torch.cat([told, read_z], -1).flatten(0, 1), h.flatten(0, 1))
             return {"h": moved.reshape(h.shape), "before": h, "z": z}, weight
 
@@ -197,22 +142,22 @@ class VRNN(AmortizedModel):
         """Filtered means of the latents, [T, l] of a series; a list of these of a list."""
         rows, found = self._history(data, particles, seed)
         z = torch.stack([state["z"] for state in found.states])
-        return _parts((found.weights[..., None] * z).sum(1), rows[1], data)
+        return parts_of((found.weights[..., None] * z).sum(1), rows[1], data)
 
     @torch.no_grad()
     def reconstruct(self, data: Any, particles: int = 64, seed: int | None = 0) -> Any:
         """Mean of x given the filtered latents, [T, p]; a list of these of a list."""
         rows, found = self._history(data, particles, seed)
         means = [
-            self._mean(self.emission(torch.cat([state["before"], self.read_z(state["z"])], -1)))
+            self.mean_of(self.emission(torch.cat([state["before"], self.read_z(state["z"])], -1)))
             for state in found.states
         ]
-        return _parts((found.weights[..., None] * torch.stack(means)).sum(1), rows[1], data)
+        return parts_of((found.weights[..., None] * torch.stack(means)).sum(1), rows[1], data)
 
     def effective_sample_size(self, data: Any, particles: int = 64, seed: int | None = 0) -> Any:
         """Effective sample size along each series, [T]; a list of these of a list."""
         rows, found = self._history(data, particles, seed)
-        return _parts(found.ess, rows[1], data)
+        return parts_of(found.ess, rows[1], data)
 
     @torch.no_grad()
     def sample(self, n: int = 1, seed: int | None = None, steps: int = 100) -> Float[Tensor, "n t p"]:
@@ -221,7 +166,7 @@ class VRNN(AmortizedModel):
         h, found = self.start.expand(check_count(n, 1), -1), []
         kind: dict[str, Any] = {"generator": generator, "device": self.where}
         for _ in range(check_count(steps, 1)):
-            mean, variance = _moments(self.prior(h))
+            mean, variance = moments(self.prior(h))
             z = mean + variance.sqrt() * torch.randn(mean.shape, **kind)
             read_z = self.read_z(z)
             out = self.emission(torch.cat([h, read_z], -1))
@@ -229,35 +174,8 @@ class VRNN(AmortizedModel):
                 x = torch.bernoulli(out.sigmoid(), generator=generator)
             else:
                 white = torch.randn(len(h), len(self.x_shift), **kind)
-                x = self._mean(out) + white * (0.5 * out.chunk(2, -1)[1]).exp() * self.x_scale
+                x = self.mean_of(out) + white * (0.5 * out.chunk(2, -1)[1]).exp() * self.x_scale
             found.append(x)
             told = self.read_x((x - self.x_shift) / self.x_scale)
             h = self.cell(torch.cat([told, read_z], -1), h)
         return torch.stack(found, dim=1)
-
-
-def _moments(out: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance from a network's output; variance 1 where it says 0."""
-    mean, raw = out.chunk(2, dim=-1)
-    return mean, nn.functional.softplus(raw + math.log(math.e - 1)).square() + SMALLEST
-
-
-def _gaussian(error: Tensor, variance: Tensor) -> Tensor:
-    return -0.5 * (error.square() / variance + variance.log() + math.log(2 * math.pi)).sum(-1)
-
-
-def _parts(values: Float[Tensor, "T b *k"], lengths: Tensor, data: Any) -> Any:
-    """One tensor a series, without what stands behind its end."""
-    parts = [values[:length, k] for k, length in enumerate(lengths.tolist())]
-    return parts if isinstance(data, list) else parts[0]
-
-
-def _series(x: Any, k: int) -> Float[Tensor, "T p"]:
-    x = torch.as_tensor(np.asarray(x, dtype=np.float32))
-    x = x[:, None] if x.ndim == 1 else x
-    if x.ndim != 2 or len(x) == 0:
-        raise DataError(f"Series {k} must be [T] or [T, p] with at least one step; it is {list(x.shape)}.")
-    bad = ~x.isfinite().all(1)
-    if bool(bad.any()):
-        raise DataError(f"Series {k}: step {int(bad.nonzero()[0])} holds NaN or infinite values.")
-    return x
