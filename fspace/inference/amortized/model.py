@@ -32,6 +32,7 @@ MODELS = {  # what a file may name: nothing else is ever made from one
     "VRNN": "fspace.inference.amortized.vrnn",
     "GPStateSpace": "fspace.inference.amortized.gp_state_space",
     "MixtureVAE": "fspace.inference.amortized.mixture_vae",
+    "SwitchingLinear": "fspace.inference.amortized.switching",
 }
 
 
