@@ -33,6 +33,7 @@ MODELS = {  # what a file may name: nothing else is ever made from one
     "GPStateSpace": "fspace.inference.amortized.gp_state_space",
     "MixtureVAE": "fspace.inference.amortized.mixture_vae",
     "SwitchingLinear": "fspace.inference.amortized.switching",
+    "TopicsOverTime": "fspace.inference.amortized.topics",
 }
 
 
