@@ -27,18 +27,18 @@ def true_log_shares(t):
     )  # fmt: skip
 
 
-def true_shares(t, spread=0.7):
+def true_shares(t, spread=1.2):
     """Mean shares among documents of a time."""
     around = spread * np.random.default_rng(0).standard_normal((4000, 5))
     parts = np.exp(true_log_shares(t)[:, None] + around)
     return (parts / parts.sum(-1, keepdims=True)).mean(1)
 
 
-def corpus(documents=1500, vocabulary=300, words=60, seed=0, spread=0.7):
+def corpus(documents=1500, vocabulary=300, words=60, seed=0, spread=1.2):
     """Counts [n, v], years [n] (more documents in later ones) and the topics [5, v]: Zipf's law, and in each topic some
     words are many times as frequent."""
     fixed, rng = np.random.default_rng(1), np.random.default_rng(seed)
-    topics = np.exp(1.5 * fixed.standard_normal((5, vocabulary))) / np.arange(1, vocabulary + 1)
+    topics = np.exp(2.0 * fixed.standard_normal((5, vocabulary))) / np.arange(1, vocabulary + 1)
     topics /= topics.sum(1, keepdims=True)
     t = rng.choice(YEARS, documents, p=np.linspace(1, 3, 29) / 58)
     parts = np.exp(true_log_shares(t) + spread * rng.standard_normal((documents, 5)))
@@ -56,7 +56,7 @@ def matched(model, topics):
 
 if __name__ == "__main__":
     counts, t, topics = corpus()
-    model = TopicsOverTime(5).fit((counts, t), epochs=40, learning_rate=1e-2, progress=False)
+    model = TopicsOverTime(5).fit((counts, t), epochs=50, learning_rate=1e-2, progress=False)
     order = matched(model, topics)
     found, truth = model.shares(YEARS), true_shares(YEARS)
     low, high = (end[:, order].cpu() for end in found.interval(0.9))

@@ -7,8 +7,9 @@ weight of a particle is p(y_t | its past).
 A sampled state has no pathwise gradient. What is climbed is the log joint density of the particles' paths and y, by
 their final weights: its gradient is that of log p(y) as the particles grow (Fisher's identity), which that of the log
 evidence with the states held fixed is not. With relaxed states (Concrete), the log evidence itself is climbed.
-Sources: Doucet, de Freitas, Murphy and Russell (2000), Rao-Blackwellised particle filtering; Maddison et al. (2017a, b),
-filtering variational objectives, the Concrete distribution; Fong, Godsill, Doucet and West (2002) for the smoothing.
+Sources: Doucet, de Freitas, Murphy and Russell (2000), Rao-Blackwellised particle filtering; Maddison et al. (2017),
+filtering variational objectives; Maddison, Mnih and Teh (2017), the Concrete distribution; Fong, Godsill, Doucet and
+West (2002), smoothing.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fspace.inference.amortized.concrete import Concrete
 from fspace.inference.amortized.model import AmortizedModel
 from fspace.inference.amortized.proposals import gumbel
 from fspace.inference.amortized.resampling import inverse_cdf
-from fspace.inference.amortized.switching_start import regressions, scores
+from fspace.inference.amortized.switching_start import Regressions, regressions, scores
 from fspace.inference.amortized.training import Rows, Step, plan_of, train
 from fspace.inference.amortized.vae import TEMPERATURES
 from fspace.inference.amortized.vrnn import _parts
@@ -37,7 +38,9 @@ from fspace.sampled import Samples
 
 OBJECTIVES = ("marginal", "concrete")
 SMALLEST = 1e-6  # variance of y given z, relative to that of y
+NOISE = 0.02  # more than the components leave of y, at the start
 FORECASTS = 200  # paths of a forecast
+REACH = 1.0  # of the relaxed proposal from its prior, in logits, at the start
 AT_ONCE = 8  # series smoothed at once
 
 
@@ -101,12 +104,15 @@ class SwitchingLinear(AmortizedModel):
         self.z_mean, self.z_log_variance = number(latents), number(latents)
         self.emission = nn.Linear(latents, p).double()
         self.log_r = number(p)
+        self.log_reach = nn.Parameter(torch.tensor(REACH, dtype=torch.float64).log())
         self.register_buffer("y_shift", torch.zeros(p, dtype=torch.float64))
         self.register_buffer("y_scale", torch.ones(p, dtype=torch.float64))
 
     @torch.no_grad()
     def begin(self, rows: Rows) -> None:
-        """Scale of y; emission along principal components, dynamics of the states by regressions of their scores."""
+        """Scale of y; emission along principal components, dynamics of the states by regressions of their scores.
+
+        Of the several optima of these, the one under which y itself is most probable."""
         y, lengths = rows
         series = [each[:length] for each, length in zip(y, lengths.tolist())]
         values = torch.cat(series)
@@ -119,11 +125,21 @@ class SwitchingLinear(AmortizedModel):
         weight = torch.linalg.solve(gram, every.mT @ target)
         self.emission.weight.copy_(weight.mT)
         self.emission.bias.zero_()
-        self.log_r.copy_(((target - every @ weight).square().mean(0) + 0.02).log())
-        found = regressions(z, self.components, torch.Generator(y.device).manual_seed(0))
+        self.log_r.copy_(((target - every @ weight).square().mean(0) + NOISE).log())
+        generator = torch.Generator(y.device)
+        starts = regressions(z, self.components, generator.manual_seed(0))
+        worth = []
+        for start in starts:
+            self._start(start)
+            worth.append(
+                self._filtered(rows, self.particles, generator.manual_seed(0)).log_evidence.sum().item()
+            )
+        self._start(starts[int(np.argmax(worth))])
+
+    def _start(self, found: Regressions) -> None:
         self.a.copy_(found.a)
         self.b.copy_(found.b)
-        self.log_q.copy_(found.q.log())
+        self.log_q.copy_((found.q - NOISE).clamp(min=NOISE / 2).log())
         self.transition_logits.copy_(found.transition.log())
 
     def fit(self, data: Any, **plan: Any) -> Any:
@@ -196,7 +212,10 @@ class SwitchingLinear(AmortizedModel):
         return self._run(init, step, rows, particles, generator, history)
 
     def _relaxed(self, rows: Rows, particles: int, generator: torch.Generator) -> smc.Filtered:
-        """The filter with relaxed states: systems are averaged by them, proposal and prior are both Concrete."""
+        """The filter with relaxed states: systems are averaged by them, proposal and prior are both Concrete.
+
+        The proposal goes some way from the prior to p(s_t | s_t-1, y_1:t), and learns how far: what y rules out costs
+        a discrete proposal nothing, a relaxed one as many nats as the logits are apart."""
         hot, cold = TEMPERATURES
 
         def init(n: int, y: Tensor, noise: Any) -> tuple[Any, Tensor]:
@@ -206,9 +225,10 @@ class SwitchingLinear(AmortizedModel):
             return {"soft": soft, "mean": moved.mean, "covariance": moved.covariance}, moved.log_density
 
         def step(state: Any, y: Tensor, t: int, noise: Any) -> tuple[Any, Tensor]:
-            logits = (state["soft"] @ self.transition_logits.softmax(1)).log()
+            logits, reach = (state["soft"] @ self.transition_logits.softmax(1)).log(), self.log_reach.exp()
+            told = (logits + self._each(state, y).log_density).log_softmax(-1) - logits
             prior = Concrete(logits.flatten(0, 1), cold)
-            proposal = Concrete((logits + self._each(state, y).log_density).flatten(0, 1), hot)
+            proposal = Concrete((logits + reach * torch.tanh(told / reach)).flatten(0, 1), hot)
             value = proposal.sample(1, generator)
             soft = value[0].exp().reshape(logits.shape)
             mixed = [

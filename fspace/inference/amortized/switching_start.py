@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-RESTARTS, SWEEPS = 20, 25
-PIECE = 50  # steps of a series that EM takes as one, and at first in one state: what is longer is cut
+RESTARTS, SWEEPS, KEPT = 20, 25, 6
+PIECE = 50  # steps of a series that EM takes as one: what is longer is cut
+STRETCH = 10  # steps that are in one state at first
 RIDGE = 1.0  # precision of the prior of a regression's coefficients, in observations
 
 
@@ -46,13 +47,13 @@ def scores(series: list[Tensor], latents: int) -> list[Tensor]:
     return [nn.functional.pad(z, (0, latents - z.shape[1])) for z in found]
 
 
-def regressions(parts: list[Tensor], components: int, generator: torch.Generator) -> Regressions:
-    """The best of the restarts of EM on scores [T, l] of every series."""
+def regressions(parts: list[Tensor], components: int, generator: torch.Generator) -> list[Regressions]:
+    """What the restarts of EM on scores [T, l] of every series end in, the different ones, most probable first."""
     before, after, there = _pieces(parts)
     known = torch.cat([before, torch.ones_like(before[..., :1])], dim=-1)
-    shape = (RESTARTS, len(before), components)
-    kind = {"generator": generator, "dtype": before.dtype, "device": before.device}
-    share = torch.rand(shape, **kind).pow(4)[:, :, None].expand(-1, -1, before.shape[1], -1)
+    stretches = (RESTARTS, len(before), -(-before.shape[1] // STRETCH), components)
+    share = torch.rand(stretches, generator=generator, dtype=before.dtype, device=before.device).pow(4)
+    share = share.repeat_interleave(STRETCH, 2)[:, :, : before.shape[1]]
     share = share / share.sum(-1, keepdim=True)
     transition = torch.full((components, components), 0.1 / max(components - 1, 1), dtype=before.dtype)
     transition = (
@@ -68,10 +69,11 @@ def regressions(parts: list[Tensor], components: int, generator: torch.Generator
         ).sum(-1)
         share, counts, evidence = _smoothed(each * there[..., None], transition, there)
         transition = (counts + 1.0) / (counts + 1.0).sum(-1, keepdim=True)
-    best = int(evidence.argmax())
-    return Regressions(
-        coefficients[best, :, :-1].mT, coefficients[best, :, -1], noise[best], transition[best]
-    )
+    different = {round(value): r for r, value in enumerate(evidence.tolist())}  # nats
+    return [
+        Regressions(coefficients[r, :, :-1].mT, coefficients[r, :, -1], noise[r], transition[r])
+        for _, r in sorted(different.items(), reverse=True)[:KEPT]
+    ]
 
 
 def _pieces(

@@ -4,7 +4,8 @@
 The encoder reads a document's words as pseudo-observations N(x~_d; x_d, 1 / precision_d) of its log-shares, so that
 q(x_d | eta) is the prior's Gaussian times that, and x_d may lean on eta as the prior does: with an independent q(x_d)
 the bands of eta would be too narrow where documents are short. eta itself has q(v) over whitened inducing values; what
-v leaves open joins the spread of documents. The bound is the words' expected log-likelihood less both divergences.
+v leaves open joins the spread of documents. The bound is the documents' importance-weighted one, given eta from q,
+less KL(q(v) || p(v)). Topics are point estimates: the bands of shares do not hold what is unknown of them.
 Sources: Blei and Lafferty (2006), dynamic topic models; Srivastava and Sutton (2017), autoencoding inference for topic
 models; Jazbec et al. (2021) for the pseudo-observations.
 """
@@ -23,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fspace.errors import DataError, OptionError
+from fspace.inference.amortized import bounds
 from fspace.inference.amortized.evaluate import LogLikelihood
 from fspace.inference.amortized.evaluate import log_likelihood as by_importance
 from fspace.inference.amortized.model import AmortizedModel
@@ -38,7 +40,7 @@ from fspace.predictive import check_count, generator_for
 from fspace.sampled import Samples
 
 DOCUMENTS, SWEEPS, RESTARTS = 2000, 60, 4  # of the expectation-maximisation that training starts from
-AROUND = 64  # documents over which the share of a topic at one time is averaged
+AROUND = 512  # documents over which the share of a topic at one time is averaged
 PAIRS = 4_000_000  # words of documents and samples at once
 
 
@@ -54,18 +56,25 @@ class TopicsOverTime(AmortizedModel):
     """Topic model with shares that are Gaussian processes of time.
 
     Data: a pair (counts, times): how often each word of the vocabulary is in each document [n, v], and when it is
-    from [n]. topics: their number; inducing: number of inducing times; widths: hidden layers of the encoder.
+    from [n]. topics: their number; inducing: number of inducing times; widths: hidden layers of the encoder; samples:
+    of every document in the bound (with one, the documents' spread comes out too small).
     Log-likelihoods are of a document's words in their order: no multinomial coefficient.
     """
 
     def __init__(
-        self, topics: int = 10, inducing: int = 15, widths: Sequence[int] = (64,), device: str = "auto"
+        self,
+        topics: int = 10,
+        inducing: int = 15,
+        widths: Sequence[int] = (64,),
+        samples: int = 10,
+        device: str = "auto",
     ):
         super().__init__()
-        for name, value in (("topics", topics), ("inducing", inducing)):
+        for name, value in (("topics", topics), ("inducing", inducing), ("samples", samples)):
             if value < 1:
                 raise OptionError(f"{name}={value!r} must be at least 1.")
-        self.topics, self.inducing, self.widths, self.device = topics, inducing, list(widths), device
+        self.topics, self.inducing, self.widths, self.samples = topics, inducing, list(widths), samples
+        self.device = device
 
     # -- data and layers ---------------------------------------------------------------------------------------
 
@@ -167,18 +176,16 @@ class TopicsOverTime(AmortizedModel):
         return Eta(self.level + (self.v_mean @ a).mT, variance, self.log_spread.exp() + left[:, None])
 
     def _bound(self, rows: Rows, generator: torch.Generator) -> Float[Tensor, " b"]:
-        """Of every document: E[log p(words | x)] - E[KL(q(x | v) || p(x | v))], over q(v)."""
+        """Of every document: E[log mean p(words | x) p(x | eta) / q(x | eta)] over eta from q and `samples` x."""
         counts, t = rows
-        eta, (target, precision) = self._eta(t), self.pseudo_observations(counts)
-        variance = 1.0 / (1.0 / eta.spread + precision)
-        pull = precision * variance  # of the words; that of eta is the rest
-        off = pull.square() * ((target - eta.mean).square() + eta.variance)
-        ratio = variance / eta.spread
-        divergence = 0.5 * (ratio + off / eta.spread - 1.0 - ratio.log()).sum(-1)
-        mean = pull * target + (1 - pull) * eta.mean
-        whole = variance + (1 - pull).square() * eta.variance
-        white = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-        return self.log_density(counts, mean + whole.sqrt() * white) - divergence
+        (mean, variance, spread), (target, precision) = self._eta(t), self.pseudo_observations(counts)
+        kind: dict[str, Any] = {"generator": generator, "dtype": mean.dtype, "device": mean.device}
+        eta = mean + variance.sqrt() * torch.randn(mean.shape, **kind)
+        total = 1.0 / spread + precision
+        q = DiagonalGaussian((eta / spread + precision * target) / total, total.rsqrt())
+        x = q.sample(self.samples, generator)
+        weights = self.log_density(counts, x) + DiagonalGaussian(eta, spread.sqrt()).log_prob(x)
+        return bounds.iwae(weights - q.log_prob(x))
 
     def step(self, rows: Rows, generator: torch.Generator) -> Step:
         bound = self._bound(rows, generator) - self.divergence() / self._documents
@@ -240,10 +247,9 @@ class TopicsOverTime(AmortizedModel):
         if times.ndim != 1 or not bool(times.isfinite().all()):
             raise DataError(f"t must be finite numbers [n]; it is {list(times.shape)}.")
         eta = self.posterior_.draw(check_count(samples, 1), seed)(times[:, None])
-        white = torch.randn(
-            AROUND, self.topics, generator=generator_for(seed, self.where), dtype=eta.dtype, device=eta.device
-        )
-        around = (0.5 * self.log_spread).exp() * white
+        sobol = torch.quasirandom.SobolEngine(self.topics, scramble=True, seed=0)
+        even = sobol.draw(AROUND, dtype=torch.float64).clamp(1e-9, 1 - 1e-9).to(eta)
+        around = (0.5 * self.log_spread).exp() * torch.special.ndtri(even)
         return Samples(torch.stack([(draw[:, None] + around).softmax(-1).mean(1) for draw in eta]))
 
     def evaluate(self, data: Any, samples: int = 1000, seed: int | None = 0) -> LogLikelihood:
