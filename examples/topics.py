@@ -34,7 +34,7 @@ def true_shares(t, spread=1.2):
     return (parts / parts.sum(-1, keepdims=True)).mean(1)
 
 
-def corpus(documents=1500, vocabulary=300, words=60, seed=0, spread=1.2):
+def corpus(documents=1200, vocabulary=250, words=60, seed=0, spread=1.2):
     """Counts [n, v], years [n] (more documents in later ones) and the topics [5, v]: Zipf's law, and in each topic some
     words are many times as frequent."""
     fixed, rng = np.random.default_rng(1), np.random.default_rng(seed)
@@ -56,7 +56,7 @@ def matched(model, topics):
 
 if __name__ == "__main__":
     counts, t, topics = corpus()
-    model = TopicsOverTime(5).fit((counts, t), epochs=50, learning_rate=1e-2, progress=False)
+    model = TopicsOverTime(5).fit((counts, t), epochs=40, learning_rate=1e-2, progress=False)
     order = matched(model, topics)
     found, truth = model.shares(YEARS), true_shares(YEARS)
     low, high = (end[:, order].cpu() for end in found.interval(0.9))

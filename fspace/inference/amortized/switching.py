@@ -248,6 +248,10 @@ class SwitchingLinear(AmortizedModel):
         y = y[:, : int(lengths.max())].transpose(0, 1)
         return smc.filter(init, step, y, lengths, particles, generator=generator, history=history)
 
+    def _fisher(self, found: smc.Filtered) -> Float[Tensor, " s"]:
+        """Log joint density of the paths and y, by the paths' weights; its gradient estimates that of log p(y)."""
+        return (found.log_weights_by_step[-1].softmax(0) * found.states[-1]["joint"]).sum(0)
+
     def step(self, rows: Rows, generator: torch.Generator) -> Step:
         if self.objective == "concrete":
             with torch.no_grad():
@@ -256,7 +260,7 @@ class SwitchingLinear(AmortizedModel):
         else:
             found = self._filtered(rows, self.particles, generator)
             hard = found.log_evidence.detach()
-            ascent = (found.log_weights_by_step[-1].softmax(0) * found.states[-1]["joint"]).sum(0)
+            ascent = self._fisher(found)
         return Step(hard, [(ascent.sum() / rows[1].sum(), list(self.parameters()))])
 
     def score(self, rows: Rows, generator: torch.Generator) -> Float[Tensor, " s"]:
