@@ -20,6 +20,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 from fspace.errors import OptionError
+from fspace.inference.amortized.proposals import DiagonalGaussian
 from fspace.inference.amortized.training import Rows
 from fspace.inference.amortized.vae import VAE
 from fspace.predictive import check_count, generator_for
@@ -76,7 +77,9 @@ class MixtureVAE(VAE):
         axes = PCA(min(AXES, *read.shape)).fit_transform(read[:ROWS].cpu().numpy())
         groups = KMeans(min(self.components, len(axes)), n_init=5, random_state=0).fit_predict(axes)
         last = [layer for layer in self.encoder.modules() if isinstance(layer, nn.Linear)][-1]
-        means, logits = self.propose(rows[0][:ROWS]).mean, torch.tensor(np.bincount(groups))
+        q, logits = self.propose(rows[0][:ROWS]), torch.tensor(np.bincount(groups))
+        assert isinstance(q, DiagonalGaussian)
+        means = q.mean
         spread, count = means.std(0, correction=0).clamp(min=1e-6), self.latents[0]
         last.weight[:count] /= spread[:, None]  # standardised means, and a posterior narrower than that
         last.bias[:count] = (last.bias[:count] - means.mean(0)) / spread

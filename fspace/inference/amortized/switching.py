@@ -14,8 +14,7 @@ West (2002), smoothing.
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from fspace.errors import DataError, OptionError
 from fspace.inference.amortized import smc
 from fspace.inference.amortized.concrete import Concrete
+from fspace.inference.amortized.kalman import Updated, drawn, predicted, updated
 from fspace.inference.amortized.model import AmortizedModel
 from fspace.inference.amortized.proposals import gumbel
 from fspace.inference.amortized.resampling import inverse_cdf
@@ -32,24 +32,16 @@ from fspace.inference.amortized.switching_start import Regressions, regressions,
 from fspace.inference.amortized.training import Rows, Step, plan_of, train
 from fspace.inference.amortized.vae import TEMPERATURES
 from fspace.inference.amortized.vrnn import _parts
-from fspace.inference.numerics import cholesky_unseen, seeded, solve_lower
+from fspace.inference.numerics import seeded
 from fspace.predictive import check_count, generator_for
 from fspace.sampled import Samples
 
 OBJECTIVES = ("marginal", "concrete")
 SMALLEST = 1e-6  # variance of y given z, relative to that of y
-NOISE = 0.02  # more than the components leave of y, at the start
+NOISE = 0.002  # variance of y given z at the start, beside what the components leave
 FORECASTS = 200  # paths of a forecast
 REACH = 1.0  # of the relaxed proposal from its prior, in logits, at the start
 AT_ONCE = 8  # series smoothed at once
-
-
-class Moved(NamedTuple):
-    """What the Kalman filter says of one step: log p(y_t | past), and the moments of z_t given y_t too."""
-
-    log_density: Float[Tensor, "*b"]
-    mean: Float[Tensor, "*b l"]
-    covariance: Float[Tensor, "*b l l"]
 
 
 class SwitchingLinear(AmortizedModel):
@@ -125,7 +117,9 @@ class SwitchingLinear(AmortizedModel):
         weight = torch.linalg.solve(gram, every.mT @ target)
         self.emission.weight.copy_(weight.mT)
         self.emission.bias.zero_()
-        self.log_r.copy_(((target - every @ weight).square().mean(0) + NOISE).log())
+        # the components take their part of the noise too
+        free = max(y.shape[-1] - self.latents, 1) / y.shape[-1]
+        self.log_r.copy_(((target - every @ weight).square().mean(0) / free + NOISE).log())
         generator = torch.Generator(y.device)
         starts = regressions(z, self.components, generator.manual_seed(0))
         worth = []
@@ -139,7 +133,8 @@ class SwitchingLinear(AmortizedModel):
     def _start(self, found: Regressions) -> None:
         self.a.copy_(found.a)
         self.b.copy_(found.b)
-        self.log_q.copy_((found.q - NOISE).clamp(min=NOISE / 2).log())
+        noise = self.log_r.exp().mean()  # twice in a difference of scores, which q took for its own
+        self.log_q.copy_(torch.maximum(found.q - noise, 0.3 * found.q).log())
         self.transition_logits.copy_(found.transition.log())
 
     def fit(self, data: Any, **plan: Any) -> Any:
@@ -153,34 +148,22 @@ class SwitchingLinear(AmortizedModel):
 
     # -- the filter --------------------------------------------------------------------------------------------
 
-    def _seen(self, mean: Tensor, covariance: Tensor, y: Tensor) -> Moved:
+    def _seen(self, mean: Tensor, covariance: Tensor, y: Tensor) -> Updated:
         """z ~ N(mean, covariance) after y."""
-        c = self.emission.weight
-        spread = c @ covariance @ c.mT + torch.diag_embed(self.log_r.exp() + SMALLEST)
-        root, _ = cholesky_unseen(spread, "predictive covariance of y")
         error = (y - self.y_shift) / self.y_scale - self.emission(mean)
-        white = solve_lower(root, error[..., None])
-        gain = solve_lower(root, c @ covariance)
-        logs = 0.5 * white.square().sum((-2, -1)) + root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        logs = -logs - 0.5 * y.shape[-1] * math.log(2 * math.pi) - self.y_scale.log().sum()
-        return Moved(logs, mean + (gain.mT @ white)[..., 0], covariance - gain.mT @ gain)
+        found = updated(mean, covariance, error, self.emission.weight, self.log_r.exp() + SMALLEST)
+        return found._replace(log_density=found.log_density - self.y_scale.log().sum())
 
-    def _predicted(
-        self, mean: Tensor, covariance: Tensor, a: Tensor, b: Tensor, q: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Moments of the next z, before its y."""
-        return (a @ mean[..., None])[..., 0] + b, a @ covariance @ a.mT + torch.diag_embed(q)
-
-    def _each(self, state: dict[str, Tensor], y: Float[Tensor, "b p"]) -> Moved:
-        """One step by every linear system: Moved with a dimension [N, B, k] more."""
+    def _each(self, state: dict[str, Tensor], y: Float[Tensor, "b p"]) -> Updated:
+        """One step by every linear system: Updated with a dimension [N, B, k] more."""
         mean, covariance = state["mean"][:, :, None], state["covariance"][:, :, None]
-        return self._seen(*self._predicted(mean, covariance, self.a, self.b, self.log_q.exp()), y[:, None])
+        return self._seen(*predicted(mean, covariance, self.a, self.b, self.log_q.exp()), y[:, None])
 
-    def _first(self, n: int, y: Float[Tensor, "b p"]) -> Moved:
+    def _first(self, n: int, y: Float[Tensor, "b p"]) -> Updated:
         """The first step, which no system has moved: the same for all n particles."""
         covariance = self.z_log_variance.exp().diag().expand(len(y), -1, -1)
         found = self._seen(self.z_mean.expand(len(y), -1), covariance, y)
-        return Moved(*(part.expand(n, *part.shape) for part in found))
+        return Updated(*(part.expand(n, *part.shape) for part in found))
 
     def _filtered(
         self, rows: Rows, particles: int, generator: torch.Generator, history: bool = False
@@ -190,21 +173,20 @@ class SwitchingLinear(AmortizedModel):
 
         def init(n: int, y: Tensor, noise: Any) -> tuple[Any, Tensor]:
             moved = self._first(n, y)
-            s = _drawn(initial.expand(n, len(y), -1), generator)
+            s = _picked(initial.expand(n, len(y), -1), generator)
             joint = initial[s] + moved.log_density
-            return {
-                "s": s,
-                "mean": moved.mean,
-                "covariance": moved.covariance,
-                "joint": joint,
-            }, moved.log_density
+            state = {"s": s, "mean": moved.mean, "covariance": moved.covariance, "joint": joint}
+            return state, moved.log_density
 
         def step(state: Any, y: Tensor, t: int, noise: Any) -> tuple[Any, Tensor]:
             moved = self._each(state, y)
             each = move[state["s"]] + moved.log_density
-            s = _drawn(each, generator)
-            pick = lambda leaf: leaf.gather(2, s.reshape(*s.shape, *[1] * (leaf.ndim - 2)).expand(  # noqa: E731
-                *s.shape, 1, *leaf.shape[3:]))[:, :, 0]  # fmt: skip
+            s = _picked(each, generator)
+
+            def pick(leaf: Tensor) -> Tensor:
+                index = s.reshape(*s.shape, *[1] * (leaf.ndim - 2))
+                return leaf.gather(2, index.expand(*s.shape, 1, *leaf.shape[3:]))[:, :, 0]
+
             joint = state["joint"] + pick(each)
             state = {"s": s, "mean": pick(moved.mean), "covariance": pick(moved.covariance), "joint": joint}
             return state, each.logsumexp(-1)
@@ -234,7 +216,7 @@ class SwitchingLinear(AmortizedModel):
             mixed = [
                 torch.einsum("nbk,k...->nb...", soft, leaf) for leaf in (self.a, self.b, self.log_q.exp())
             ]
-            moved = self._seen(*self._predicted(state["mean"], state["covariance"], *mixed), y)
+            moved = self._seen(*predicted(state["mean"], state["covariance"], *mixed), y)
             ratio = (prior.log_prob(value) - proposal.log_prob(value)).reshape(soft.shape[:2])
             state = {"soft": soft, "mean": moved.mean, "covariance": moved.covariance}
             return state, moved.log_density + ratio
@@ -330,29 +312,25 @@ class SwitchingLinear(AmortizedModel):
         last = found.states[-1]
         index = inverse_cdf(found.log_weights_by_step[-1].softmax(0), uniforms[-1])
         s = smc.gather(last["s"], index)
-        z = _normal(smc.gather(last["mean"], index), smc.gather(last["covariance"], index), generator)
-        drawn = [s]
+        z = drawn(smc.gather(last["mean"], index), smc.gather(last["covariance"], index), generator)
+        path = [s]
         for t in range(steps - 1, 0, -1):
             state, moves = found.states[t - 1], t < found.lengths
             a, b, q = self.a[s], self.b[s], self.log_q[s].exp()
-            centre, spread = self._predicted(state["mean"][:, None], state["covariance"][:, None], a, b, q)
-            root, _ = cholesky_unseen(spread, "covariance of the next z")
-            white = solve_lower(root, (z - centre)[..., None])[..., 0]
-            density = -0.5 * white.square().sum(-1) - root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-            density = density + move[state["s"][:, None], s] + found.log_weights_by_step[t - 1][:, None]
+            means, covariances = state["mean"][:, None], state["covariance"][:, None]
+            ahead = updated(means, covariances, z - predicted(means, covariances, a, b, q)[0], a, q)
+            density = ahead.log_density + move[state["s"][:, None], s]
+            density = density + found.log_weights_by_step[t - 1][:, None]
             index = inverse_cdf(density.softmax(0), uniforms[t - 1][None])[0].clamp(max=len(density) - 1)
             mean, covariance = smc.gather(state["mean"], index), smc.gather(state["covariance"], index)
-            centre, spread = self._predicted(mean, covariance, a, b, q)
-            root, _ = cholesky_unseen(spread, "covariance of the next z")
-            gain = solve_lower(root, a @ covariance)
-            shift = gain.mT @ solve_lower(root, (z - centre)[..., None])
-            before = _normal(mean + shift[..., 0], covariance - gain.mT @ gain, generator)
+            chosen = updated(mean, covariance, z - predicted(mean, covariance, a, b, q)[0], a, q)
+            before = drawn(chosen.mean, chosen.covariance, generator)
             s, z = (
                 torch.where(moves, smc.gather(state["s"], index), s),
                 torch.where(moves[:, None], before, z),
             )
-            drawn.append(s)
-        return torch.stack(drawn[::-1])
+            path.append(s)
+        return torch.stack(path[::-1])
 
     # -- what comes next ---------------------------------------------------------------------------------------
 
@@ -383,7 +361,7 @@ class SwitchingLinear(AmortizedModel):
         weights = found.log_weights_by_step[-1][:, 0].softmax(0)
         picked = torch.multinomial(weights, FORECASTS, replacement=True, generator=generator)
         state = {name: leaf[picked, 0] for name, leaf in found.states[-1].items()}
-        z = _normal(state["mean"], state["covariance"], generator)
+        z = drawn(state["mean"], state["covariance"], generator)
         means = self._simulated(state["s"], z, check_count(horizon, 1), generator)
         return Samples(means, self.noise_variance.expand(horizon, -1))
 
@@ -393,7 +371,7 @@ class SwitchingLinear(AmortizedModel):
         generator, steps = generator_for(seed, self.where), check_count(steps, 1)
         first = self.initial_logits.softmax(0)
         s = torch.multinomial(first, check_count(n, 1), replacement=True, generator=generator)
-        z = _normal(self.z_mean.expand(n, -1), self.z_log_variance.exp().diag().expand(n, -1, -1), generator)
+        z = drawn(self.z_mean.expand(n, -1), self.z_log_variance.exp().diag().expand(n, -1, -1), generator)
         means = (self.emission(z) * self.y_scale + self.y_shift)[:, None]
         if steps > 1:
             means = torch.cat([means, self._simulated(s, z, steps - 1, generator)], dim=1)
@@ -401,14 +379,8 @@ class SwitchingLinear(AmortizedModel):
         return means + self.noise_variance.sqrt() * white
 
 
-def _drawn(logits: Float[Tensor, "n b k"], generator: torch.Generator) -> Int[Tensor, "n b"]:
+def _picked(logits: Float[Tensor, "n b k"], generator: torch.Generator) -> Int[Tensor, "n b"]:
     return (logits.detach() + gumbel(logits, 1, generator)[0]).argmax(-1)
-
-
-def _normal(mean: Tensor, covariance: Tensor, generator: torch.Generator) -> Tensor:
-    root, _ = cholesky_unseen(covariance, "covariance of z")
-    white = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-    return mean + (root @ white[..., None])[..., 0]
 
 
 def _series(y: Any, k: int) -> Float[Tensor, "T p"]:

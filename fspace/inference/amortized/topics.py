@@ -120,15 +120,15 @@ class TopicsOverTime(AmortizedModel):
         counts, t = rows
         spread = t.std(correction=0)
         self.t_shift, self.t_scale = t.mean()[None], torch.where(spread > 0, spread, 1.0)[None]
-        ends = self._scaled(torch.stack([t.min(), t.max()]))[:, 0].tolist()
-        grid = torch.linspace(*ends, self.inducing, dtype=t.dtype, device=t.device)
+        low, high = self._scaled(torch.stack([t.min(), t.max()]))[:, 0].tolist()
+        grid = torch.linspace(low, high, self.inducing, dtype=t.dtype, device=t.device)
         self.inducing_inputs = grid[:, None] + (1e-3 * torch.arange(self.inducing, device=t.device))[:, None]
         generator = torch.Generator(t.device).manual_seed(0)
         some = torch.randperm(len(t), generator=generator, device=t.device)[:DOCUMENTS]
         topics, shares = _static(counts[some], self.topics, generator)
         self.topic_logits.copy_((topics + 0.01 / topics.shape[1]).log())
-        self.level.copy_((shares.mean(0) + 1e-3).log())
-        self.level -= self.level.mean()
+        level = (shares.mean(0) + 1e-3).log()
+        self.level.copy_(level - level.mean())
         self._documents = len(t)
 
     def _scaled(self, t: Float[Tensor, " n"]) -> Float[Tensor, "n 1"]:
@@ -277,7 +277,8 @@ class TopicsOverTime(AmortizedModel):
         """Counts of n new documents of so many words, of times t [n] (None: spread evenly over those of training)."""
         generator, n = generator_for(seed, self.where), check_count(n, 1)
         ends = self.inducing_inputs[[0, -1], 0] * self.t_scale + self.t_shift
-        times = torch.linspace(*ends.tolist(), n, dtype=ends.dtype) if t is None else torch.as_tensor(t)
+        low, high = ends.tolist()
+        times = torch.linspace(low, high, n, dtype=ends.dtype) if t is None else torch.as_tensor(t)
         times = times.to(ends)
         if times.shape != (n,):
             raise DataError(f"t must be [{n}]; it is {list(times.shape)}.")
@@ -294,15 +295,15 @@ class _Seen:
     def __init__(self, model: TopicsOverTime):
         self.model = model
 
-    def encode(self, rows: Float[Tensor, "b w"]) -> DiagonalGaussian:
-        """q(x)."""
-        return self.model._encoded(rows[:, :-1], rows[:, -1])
+    def encode(self, x: Float[Tensor, "b w"]) -> DiagonalGaussian:
+        """q(log-shares)."""
+        return self.model._encoded(x[:, :-1], x[:, -1])
 
-    def log_joint(self, rows: Float[Tensor, "b w"], x: Float[Tensor, "s b k"]) -> Float[Tensor, "s b"]:
-        """log p(words | x) + log p(x | t), eta integrated out."""
-        eta = self.model._eta(rows[:, -1])
+    def log_joint(self, x: Float[Tensor, "b w"], z: Float[Tensor, "s b k"]) -> Float[Tensor, "s b"]:
+        """log p(words | z) + log p(z | t), eta integrated out."""
+        eta = self.model._eta(x[:, -1])
         prior = DiagonalGaussian(eta.mean, (eta.spread + eta.variance).sqrt())
-        return self.model.log_density(rows[:, :-1], x) + prior.log_prob(x)
+        return self.model.log_density(x[:, :-1], z) + prior.log_prob(z)
 
 
 def _static(
