@@ -34,6 +34,9 @@ MODELS = {  # what a file may name: nothing else is ever made from one
     "VAEKernelGP": "fspace.inference.amortized.vae_kernel",
     "VRNN": "fspace.inference.amortized.vrnn",
     "GPStateSpace": "fspace.inference.amortized.gp_state_space",
+    "MixtureVAE": "fspace.inference.amortized.mixture_vae",
+    "SwitchingLinear": "fspace.inference.amortized.switching",
+    "TopicsOverTime": "fspace.inference.amortized.topics",
 }
 
 

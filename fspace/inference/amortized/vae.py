@@ -166,11 +166,19 @@ class VAE(AmortizedModel):
         if self.latent != "gaussian":
             return self.log_density(x, z) + self.prior(z).log_prob(z)
         layers = z if isinstance(z, tuple) else (z,)
-        total = self.log_density(x, layers[0]) + _standard(layers[-1])
+        total = self.log_density(x, layers[0]) + self.log_prior(layers[-1])
         for layer, above, here in zip(self.downwards, layers[1:], layers):
             rows = layer(above.flatten(0, 1)).log_prob(here.flatten(0, 1)[None])
             total = total + rows.reshape(total.shape)
         return total
+
+    def log_prior(self, z: Float[Tensor, "k b l"]) -> Float[Tensor, "k b"]:
+        """log p of Gaussian latents of the layer furthest from the data."""
+        return -0.5 * (z.square() + math.log(2 * math.pi)).sum(-1)
+
+    def draw_prior(self, n: int, generator: torch.Generator | None) -> Float[Tensor, "n l"]:
+        """Draws of these."""
+        return torch.randn(n, self.latents[-1], generator=generator, device=self.where)
 
     def _parameters_of_q(self) -> list[nn.Parameter]:
         return [*self.encoder.parameters(), *self.upwards.parameters()]
@@ -316,7 +324,7 @@ class VAE(AmortizedModel):
             z = self.prior(shape.expand(1, n, *shape.shape)).sample(1, generator)[0]
             z = 2.0 * z.flatten(1) - 1.0
         else:
-            z = torch.randn(n, self.latents[-1], generator=generator, device=self.where)
+            z = self.draw_prior(n, generator)
             for layer in reversed(self.downwards):
                 z = layer(z).sample(1, generator)[0]
         out = self.decoder(z)
@@ -372,10 +380,6 @@ def gaussian_of(out: Float[Tensor, "*b k"]) -> DiagonalGaussian:
     """The Gaussian that a network's numbers say; standard deviation 1 where it says 0."""
     mean, raw = out.chunk(2, dim=-1)
     return DiagonalGaussian(mean, nn.functional.softplus(raw + math.log(math.e - 1)) + 1e-5)
-
-
-def _standard(z: Float[Tensor, "k b l"]) -> Float[Tensor, "k b"]:
-    return -0.5 * (z.square() + math.log(2 * math.pi)).sum(-1)
 
 
 def _mass(logits: Tensor, z: Tensor, latent: str) -> Float[Tensor, "k b"]:
