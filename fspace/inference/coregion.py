@@ -23,7 +23,9 @@ from fspace.inference.optimise import MIN_NOISE, gaussian_likelihood, lbfgs
 from fspace.inference.source import Inputs
 
 STEPS = 200  # of L-BFGS; each costs O(t^2 m)
-B_ROWS = 1.0  # how many rows' worth of belief pulls B to no correlation; for the noise it is one more than outputs
+B_ROWS = (
+    1.0  # how many rows' worth of belief pulls B to no correlation; for the noise it is one more than outputs
+)
 
 
 @dataclass(frozen=True)
