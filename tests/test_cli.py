@@ -136,7 +136,8 @@ def test_several_targets_and_parquet(full_run, tmp_path):
     assert len(read_table("p.parquet").columns) == 8
 
 
-def test_outputs_that_go_together(run, houses):
+def test_outputs_that_go_together(full_run, houses):
+    run = full_run
     command = ["fit", "houses.csv", "--target", "price", "--target", "rent", "--categorical", "city", *QUICK]
     status, _, _ = run(*command, "--outputs", "coregionalised")
     assert status == 0
