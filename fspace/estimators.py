@@ -136,8 +136,8 @@ class GPRegressor(RegressorMixin, GPEstimator):
             scale = np.where(constant, 1.0, spread)
             if self.outputs == "coregionalised" and constant.any():
                 raise DataError(
-                    f"Target {target_names(y, target)[constant.argmax()]!r} has the same value in every row and so is "
-                    "correlated with nothing; leave it out, or outputs='independent'."
+                    f"Target {target_names(y, target)[constant.argmax()]!r} has the same value in every row; it "
+                    "is correlated with nothing: leave it out, or take outputs='independent'."
                 )
         likelihood: Any = None
         if link:
