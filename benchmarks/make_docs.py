@@ -347,6 +347,25 @@ def particles(result: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
+def snep(result: dict[str, Any]) -> str:
+    """One line a method and number of workers."""
+    body = []
+    for method, runs in result["methods"].items():
+        for workers, r in runs.items():
+            cells = [method, workers, f"{r['step_size']:g}"]
+            for which in ("mean", "draws"):
+                for measure in ("error", "nll"):
+                    figure = r.get(which)
+                    error = (
+                        f" ± {figure[f'{measure}_se']:.4f}" if figure and f"{measure}_se" in figure else ""
+                    )
+                    cells.append(f"{figure[measure]:.4f}{error}" if figure else "-")
+            body.append([*cells, f"{r['seconds']:.1f}"])
+    head = ["method", "workers", "step size", "error at the mean", "nll at the mean", "error of draws",
+            "nll of draws", "seconds of one core"]  # fmt: skip
+    return table(head, body) + "\n\n" + where(result["machine"])
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "uci": uci,
     "speed": speed,
@@ -360,6 +379,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "amortised_particles": particles,
     "continual": continual,
     "outputs": outputs,
+    "snep": snep,
 }
 
 

@@ -153,7 +153,8 @@ def report_html(
             "its predictions.</p>"
         )
     parts.append(_learnt(model, X_train if X_train is not None else X, targets))
-    parts.append(correlations_of_outputs(model, targets))
+    if not of_classes:
+        parts.append(correlations_of_outputs(model, targets, y, predictive))
     parts.append("<h2>How was it fitted?</h2>" + _choice_table(getattr(model, "choice_", None)))
     history = list(getattr(model, "history_", None) or [])
     if history:

@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from .canvas import like
+
 MOST_OUTPUTS = 12  # in one table
 
 
-def correlations_of_outputs(model: Any, targets: Sequence[str]) -> str:
-    """Tables of the correlations of the functions and of the noise; nothing where outputs are independent."""
+def correlations_of_outputs(model: Any, targets: Sequence[str], y: Any = None, predictive: Any = None) -> str:
+    """Tables of the correlations of the functions and of the noise, and what they are worth at rows held out, y [n, t]
+    and what the model says there; nothing where outputs are independent."""
     if getattr(model, "outputs", None) != "coregionalised":
         return ""
     if not np.any(np.triu(model.noise_covariance_, 1)):
@@ -27,6 +30,17 @@ def correlations_of_outputs(model: Any, targets: Sequence[str]) -> str:
     return (
         "<h2>How do the outputs go together?</h2><p>Correlations that the model has learned: of the functions, before "
         f"any data are seen at an input, and of the noise around them.{rest}</p>{functions}{noise}"
+        + ("" if predictive is None else _worth(y, predictive))
+    )
+
+
+def _worth(y: Any, predictive: Any) -> str:
+    y = like(predictive.mean, y)
+    together = float(predictive.row_log_prob(y).mean())
+    apart = float(predictive.log_prob(y).sum(-1).mean())
+    return (
+        f"<p>Log density of all outputs of a row together, held out: {together:.4g} nats; as if they were "
+        f"independent: {apart:.4g}.</p>"
     )
 
 

@@ -136,6 +136,18 @@ def test_several_targets_and_parquet(full_run, tmp_path):
     assert len(read_table("p.parquet").columns) == 8
 
 
+def test_outputs_that_go_together(full_run, houses):
+    run = full_run
+    command = ["fit", "houses.csv", "--target", "price", "--target", "rent", "--categorical", "city", *QUICK]
+    status, _, _ = run(*command, "--outputs", "coregionalised")
+    assert status == 0
+    assert "How do the outputs go together?" in (houses.parent / "fspace-out" / "report.html").read_text()
+    refused(run(*FIT, "--outputs", "coregionalised"), "several outputs, and y has one")
+    refused(run(*command, "--outputs", "linked"), "'linked' does not exist", "coregionalised")
+    labels = ["fit", "houses.csv", "--target", "city", "--task", "classification", *QUICK]
+    refused(run(*labels, "--outputs", "coregionalised"), "--outputs is for regressions")
+
+
 def test_kernels_that_predict_together_are_all_named():
     assert runs.describe_choice({"rbf": 0.25, "matern": 0.75}) == "matern (75%); rbf (25%)"
     assert runs.describe_choice({"rbf": 1.0}) == "rbf"

@@ -86,7 +86,7 @@ class PointwisePosterior(FunctionPosterior):
 def _prior_variance(posterior: GPPosterior, x: Any) -> Tensor:
     """Of f before any data, y-shaped, in squared units of y."""
     variance = posterior.basis.prior_variance(posterior.embedded(posterior.numbers(x, "x")))
-    scale = posterior.scaling.y_scale.square()
+    scale = posterior.scaling.units.square().sum(-1)
     return variance * scale[0] if posterior.vector else variance[..., None] * scale
 
 
@@ -181,9 +181,11 @@ def _read(part: Any, k: int) -> GPPosterior:
 def _require_one_scaling(one: Scaling, other: Scaling, k: int) -> None:
     for field in fields(Scaling):
         a, b = getattr(one, field.name), getattr(other, field.name)
-        if not torch.equal(a, b):
+        same = a is b if a is None or b is None else torch.equal(a, b)
+        if not same:
+            found = " and ".join("none" if value is None else str(value.tolist()) for value in (a, b))
             raise OptionError(
-                f"Part {k} has another scaling than the first ({field.name}: {a.tolist()} and {b.tolist()}), so their "
+                f"Part {k} has another scaling than the first ({field.name}: {found}), so their "
                 "priors are not of one thing; make all parts with one scaling (as `fspace.server.fit` does)."
             )
 

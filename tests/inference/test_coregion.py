@@ -20,6 +20,7 @@ from gpytorch.likelihoods import GaussianLikelihood
 from scipy.linalg import eigh
 from scipy.spatial.distance import cdist
 from scipy.stats import multivariate_normal
+from sklearn.utils.estimator_checks import check_regressor_multioutput
 
 import fspace
 from fspace import interpret
@@ -32,7 +33,11 @@ from fspace.inference.gp import GPPosterior, Scaling
 from fspace.inference.optimise import gaussian_likelihood
 from fspace.posterior import MixturePosterior
 from fspace.predictive import Gaussian, Mixture
+from fspace.report import report_html
 from fspace.report_outputs import correlations_of_outputs
+from fspace.server import PosteriorServer
+from fspace.server.wire import basis_bytes, basis_from_bytes
+from fspace.server.workers import Update, Worker
 
 T, N, D = 3, 12, 2
 RNG = np.random.default_rng(5)
@@ -174,7 +179,7 @@ def test_learning_climbs_the_bound_and_ends_where_its_slope_is_the_pull_s():
 def test_draws_have_the_covariance_across_outputs():
     _, covariance, _ = dense(X, Y, NEW)
     want = covariance.reshape(4, T, 4, T)[0, 0, 0, 1]  # outputs 0 and 1 at one point
-    draws = 1000
+    draws = 600
 
     def deviation(posterior):
         """Sample covariance of draws against `want`, in its standard errors."""
@@ -257,6 +262,12 @@ def test_the_botorch_joint_is_interleaved():
     assert torch.allclose(swapped[:, 0, :, 1], whole[:, 2, :, 0], atol=1e-10)
     single = model.subset_output([1]).posterior(x).distribution.covariance_matrix
     assert torch.allclose(single, whole[:, 1, :, 1], atol=1e-10)
+
+
+def test_slopes_of_the_joint_reach_the_inputs():
+    model, x = built().as_botorch(), torch.tensor(NEW[:2], requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: model.posterior(x).distribution.covariance_matrix, x, atol=1e-6)
+    assert torch.autograd.gradcheck(lambda x: model.posterior(x).mean, x, atol=1e-6)
 
 
 def test_botorch_conditioning_on_all_and_on_some_outputs():
@@ -373,7 +384,12 @@ def test_outputs_that_do_not_go_together_stay_as_they_are():
 
 @pytest.mark.parametrize(
     ("options", "n", "decide"),
-    [({}, 500, 500), ({"inference": "collapsed", "inducing": 240}, 1500, 300)],  # held-out rows set the noise
+    [
+        ({}, 500, 500),
+        pytest.param(
+            {"inference": "collapsed", "inducing": 240}, 1500, 300, marks=pytest.mark.slow
+        ),  # held-out rows set the noise
+    ],
 )
 def test_what_made_the_data_is_recovered(options, n, decide):
     b, sigma = correlated(3, 0.8), 0.3 * correlated(3, -0.4)
@@ -412,7 +428,7 @@ def test_evidence_of_a_fit_is_that_of_the_dense_formula():
     "options",
     [
         {"kernel": "auto", "members": 1},
-        {"kernel": "deep", "members": 2},
+        pytest.param({"kernel": "deep", "members": 2}, marks=pytest.mark.slow),
         {"likelihood": "heteroscedastic"},
         {"inference": "collapsed", "inducing": 20},
         {"inference": "sites", "inducing": 20},
@@ -478,6 +494,28 @@ def test_a_saved_model_says_the_same_in_a_new_process(tmp_path):
     assert np.array_equal(said["b"], model.coregionalisation_)
 
 
+def test_workers_that_share_a_basis_make_the_posterior_of_all_rows():
+    whole = built()
+    basis, scaling = basis_from_bytes(basis_bytes(whole.basis, whole.scaling))  # as it comes over the wire
+    agree(scaling.mixing, whole.scaling.mixing.numpy(), 0)
+    server = PosteriorServer()
+    server.register_basis(basis, scaling)
+    for name, rows in (("a", slice(0, 5)), ("b", slice(5, None))):
+        worker = Worker(name, (X[rows], Y[rows]), basis, scaling, Update())
+        empty = replace(
+            whole.site, precision=0 * whole.site.precision, shift=0 * whole.site.shift, site_id=name
+        )
+        server.put(worker.step(replace(empty, basis_id=basis.id), empty))
+    agree(server.posterior().latent(NEW).joint_covariance, whole.latent(NEW).joint_covariance.numpy())
+    agree(server.posterior().latent(NEW).mean, whole.latent(NEW).mean.numpy())
+    assert server.log_evidence() == pytest.approx(log_evidence([whole.site]), abs=1e-8)
+
+
+def test_scikit_learn_s_check_of_several_outputs():
+    model = fspace.GPRegressor(kernel="rbf", outputs="coregionalised", progress=False)
+    check_regressor_multioutput("GPRegressor", model)
+
+
 def test_a_mixing_that_is_no_matrix_to_mix_with_is_refused(tmp_path):
     x, y, _, _ = simulated(4, 20, correlated(2, 0.9), 0.2 * np.eye(2))
     model = fitted(x, y)
@@ -521,12 +559,17 @@ def test_parts_of_a_sum_add_up():
 
 
 def test_the_report_shows_the_correlations():
-    x, y, _, _ = simulated(4, 40, correlated(2, 0.9), 0.2 * correlated(2, 0.7))
+    x, y, x_test, y_test = simulated(4, 40, correlated(2, 0.9), 0.2 * correlated(2, 0.7))
     model = fitted(x, y)
     text = correlations_of_outputs(model, ["height", "<width>"])
     noise = model.noise_covariance_
     assert f"{noise[0, 1] / math.sqrt(noise[0, 0] * noise[1, 1]):.2f}" in text and "&lt;width&gt;" in text
     assert correlations_of_outputs(fitted(x, y, "independent"), ["height", "width"]) == ""
+    said = model.predictive(x_test)
+    together, apart = said.row_log_prob(y_test).mean(), said.log_prob(y_test).sum(-1).mean()
+    assert together > apart
+    page = report_html(model, x_test, y_test, targets=["height", "width"])
+    assert f"held out: {together:.4g} nats; as if they were independent: {apart:.4g}" in page
 
 
 @pytest.mark.parametrize(

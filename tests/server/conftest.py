@@ -1,8 +1,12 @@
 """A small problem that server tests share: rows, their basis and the shards they are split into."""
 
 import socket
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -55,6 +59,28 @@ def binary() -> Problem:
     y = (torch.rand(480).double() < torch.special.ndtr(f)).double()[:, None]
     likelihood = with_offset(BernoulliLikelihood(), y).requires_grad_(False)
     return Problem(Basis(_kernel(), x[:25].clone(), likelihood), x, y)
+
+
+@cache
+def _why_no_ray() -> str | None:
+    """Why Ray cannot run here at all, which is no fault of fspace; None where it can."""
+    if find_spec("ray") is None:
+        return "Ray is not installed"
+    code = "import ray; ray.init(include_dashboard=False, log_to_driver=False); ray.shutdown()"
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
+    except subprocess.TimeoutExpired:
+        return "Ray does not start here within three minutes"
+    return f"Ray does not start here: {done.stderr.strip()[-200:]}" if done.returncode else None
+
+
+@pytest.fixture(autouse=True)
+def _ray(request: pytest.FixtureRequest) -> None:
+    """Skips tests of the Ray engine where Ray itself does not run."""
+    about_ray = "ray" in request.node.name and request.node.get_closest_marker("slow")
+    reason = _why_no_ray() if about_ray else None
+    if reason is not None:
+        pytest.skip(reason)
 
 
 class Front:

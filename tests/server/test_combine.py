@@ -537,6 +537,28 @@ def test_the_level_of_the_data_is_where_means_are_measured_from(gaussian):
         torch.testing.assert_close(other[1], scaling.y_scale.square() * one[1])
 
 
+def test_experts_whose_outputs_are_mixed(gaussian):
+    """One expert is its own combination, also where an output is a sum of what is modelled."""
+    basis = gaussian.basis
+    scaling = replace(
+        unit_scaling(basis),
+        y_scale=torch.tensor([2.0, 0.1], dtype=F64),
+        mixing=torch.tensor([[0.8, -0.6], [0.3, 0.9]], dtype=F64),
+    )
+    whole = GPPosterior(*expert(basis, *gaussian.shard(0, 3)), scaling)
+    other = GPPosterior(*expert(basis, *gaussian.shard(1, 3)), scaling)
+    at = 2 * gaussian.x[:20]
+    for method in ("poe", "bcm", "sites"):
+        found = combine([whole], method)
+        torch.testing.assert_close(moments(found, at), moments(whole, at))
+        torch.testing.assert_close(found.observed(at).variance, whole.observed(at).variance)
+    far = torch.full((1, at.shape[1]), 1e3, dtype=F64)
+    prior = moments(combine([whole, other], "bcm"), far)[1]
+    torch.testing.assert_close(prior, moments(whole, far)[1])  # [a scale without the mixing gives another]
+    with pytest.raises(OptionError, match=r"another scaling than the first \(mixing: none and"):
+        combine([whole, GPPosterior(other.basis, other.site, replace(scaling, mixing=None))], "bcm")
+
+
 def test_experts_of_classes(binary):
     parts = [(binary.basis, converge(binary.basis, *binary.shard(k, 3))[0]) for k in range(3)]
     found = combine(parts, "rbcm")

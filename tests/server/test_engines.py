@@ -19,7 +19,6 @@ from fspace.server.natural import divergence
 
 def engine_of(name):
     if name == "ray":
-        pytest.importorskip("ray")
         from fspace.server.ray_engine import RayEngine
 
         return RayEngine()
@@ -53,7 +52,6 @@ def test_bernoulli_shards_reach_the_pooled_posterior(binary, engine):
 
 @pytest.mark.slow
 def test_ray_says_when_there_is_no_place(gaussian):
-    pytest.importorskip("ray")
     from fspace.server.ray_engine import RayEngine
 
     with pytest.raises(ServerError, match="found no place within 3 s.*'num_gpus': 64"):
@@ -78,7 +76,6 @@ class _Deadly:
 
 @pytest.mark.slow
 def test_ray_starts_a_killed_worker_again(gaussian, tmp_path):
-    pytest.importorskip("ray")
     from fspace.server.ray_engine import RayEngine
 
     shards = [

@@ -480,7 +480,6 @@ def test_options(gaussian, binary):
 
 def killing_ray(name, gradients, restarts):
     """An engine that kills the actor of a worker with its so many-th gradient asked for."""
-    pytest.importorskip("ray")
     from fspace.server.ray_engine import RayEngine
 
     class Killing(RayEngine):

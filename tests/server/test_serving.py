@@ -184,7 +184,7 @@ def test_where_it_listens():
 @pytest.mark.parametrize("args, words", [
     (["serve", "--store", "s.db"], "has no basis"),
     (["serve", "--store", "s.db", "--host", "0.0.0.0"], "unencrypted"),
-    (["serve", "--store", "s.db", "--model", "none.fspace"], "no such file"),
+    (["serve", "--store", "s.db", "--model", "none.fspace"], "There is no model 'none.fspace'"),
     (["token"], "for one site"),
     (["token", "--revoke", "abc"], "no token"),
     (["fetch", "--server", "https://x", "--token-file", "none", "--out", "a"], "cannot be read"),

@@ -258,7 +258,6 @@ def test_synchronous_rounds_equal_the_sequential_run(how):
 
 @pytest.mark.slow
 def test_ray_gives_the_same():
-    pytest.importorskip("ray")
     for how in (BRIEF, SMALL):
         totals = [
             fit_weights(
