@@ -160,7 +160,8 @@ def encode(
     model: Annotated[
         str | None,
         typer.Option(
-            help="vae, draw, vrnn, causal or gp-prior; without it vae, of series vrnn, of one series gp-prior."
+            help="vae, mixture, draw; of series vrnn, causal, switching, gp-states, gp-prior; without it vae, of "
+            "series vrnn, of one series gp-prior."
         ),
     ] = None,
     latents: Annotated[int | None, typer.Option(help="How many latents (of draw: at every step).")] = None,
@@ -170,14 +171,17 @@ def encode(
         str | None,
         typer.Option(
             help="vae: elbo, iwae, stl, dreg, wake_wake; bits and categories: concrete, reinforce_loo, vimco, rebar, "
-            "relax, wake_wake; vrnn: fivo, iwae, elbo."
+            "relax, wake_wake; mixture: iwae, stl, dreg; vrnn: fivo, iwae, elbo; switching: marginal, concrete."
         ),
+    ] = None,
+    components: Annotated[
+        int | None, typer.Option(help="Clusters of mixture, linear systems of switching.")
     ] = None,
     likelihood: Annotated[
         str | None, typer.Option(help="gaussian, bernoulli or categorical; without it, by the data.")
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(help="Samples (of vrnn: particles) of each row in training.")
+        int | None, typer.Option(help="Samples (of a filter: particles) of each row in training.")
     ] = None,
     series: Annotated[str | None, typer.Option(help="Column that tells series apart.")] = None,
     time: Annotated[str | None, typer.Option(help="Column with the time of a step.")] = None,
@@ -200,13 +204,15 @@ def encode(
 ) -> None:
     """Fit a model with latents, and write latents, log-likelihoods, reconstructions, the model and a report.
 
-    Rows and images: a variational autoencoder, or DRAW. Series (--series, --time): a variational recurrent network, an
-    autoencoder of causal convolutions, or one with a Gaussian process prior along time, which may have gaps. Ctrl-C
-    ends the fit early: everything is written about its best state so far, and the exit status is 130.
+    Rows and images: a variational autoencoder, with clusters (mixture) or not, or DRAW. Series (--series, --time): a
+    variational recurrent network, an autoencoder of causal convolutions, linear systems that switch, states that a
+    Gaussian process moves, or an autoencoder with a Gaussian process prior along time, which may have gaps. Ctrl-C ends
+    the fit early: everything is written about its best state so far, and the exit status is 130.
     """
     from fspace.encoding import EncodeRun, encode_data
 
     options = {"latents": latents, "latent": latent, "network": network, "objective": objective}
+    options |= {"components": components}
     plan = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed}
     run = EncodeRun(
         data=data,

@@ -6,7 +6,7 @@ import inspect
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from fspace.canvas import array
 from fspace.datasets import write_table
 from fspace.encoding_data import Material, read_material, same_file
+from fspace.encoding_scores import measured
 from fspace.errors import DataError, OptionError
 from fspace.folders import (
     AMORTIZED,
@@ -36,27 +37,39 @@ from fspace.folders import (
 from fspace.inference.amortized.model import MODELS, AmortizedModel
 from fspace.predictive_base import check_seed
 from fspace.progress import progress
-from fspace.runs import _versions, to_json
+from fspace.runs import to_json
 
-NAMES = {"vae": "VAE", "draw": "DRAW", "vrnn": "VRNN", "causal": "CausalVAE", "gp-prior": "GPPriorVAE"}
+NAMES = {
+    "vae": "VAE",
+    "mixture": "MixtureVAE",
+    "draw": "DRAW",
+    "vrnn": "VRNN",
+    "causal": "CausalVAE",
+    "switching": "SwitchingLinear",
+    "gp-states": "GPStateSpace",
+    "gp-prior": "GPPriorVAE",
+}
+SERIES = "series: a table with --series or --time"
 TAKES = {  # kinds of data, and how to say so
     "vae": (("rows", "images"), "rows of a table, or images"),
+    "mixture": (("rows", "images"), "rows of a table, or images"),
     "draw": (("images",), "images"),
-    "vrnn": (("series",), "series: a table with --series or --time"),
-    "causal": (("series",), "series: a table with --series or --time"),
-    "gp-prior": (("series",), "series: a table with --series or --time, or images as the frames of one"),
+    "vrnn": (("series",), SERIES),
+    "causal": (("series",), SERIES),
+    "switching": (("series",), SERIES),
+    "gp-states": (("series",), SERIES),
+    "gp-prior": (("series",), f"{SERIES}, or images as the frames of one"),
 }
-SAMPLES = {
-    "vae": 500,
-    "draw": 50,
-    "vrnn": 64,
-    "causal": 64,
+SAMPLES = {  # behind a log-likelihood; particles of a filter
+    "vae": 500, "mixture": 500, "draw": 50, "vrnn": 64, "causal": 64, "switching": 64, "gp-states": 64,
     "gp-prior": 50,
-}  # behind a log-likelihood; particles of a filter
+}  # fmt: skip
 STEPS = 15  # in a pass over the data, at least, where they are as many
-SEVERAL = ("vrnn", "causal")  # which learn from several series, without gaps
+SEVERAL = ("vrnn", "causal")  # which learn from several series
+FILTERS = ("vrnn", "switching", "gp-states")  # whose likelihood is that of particles
+STEPWISE = (*FILTERS, "causal")  # without gaps in a series; judged by nats per step
+GROUPS = {"mixture": "cluster", "switching": "state"}  # what their discrete latent is called
 AT_ONCE = {"rows": 1000, "images": 1000, "series": 16}
-ACTIVE = 0.01  # variance of a latent's mean over the data. Source: Burda et al. (2016)
 
 
 @dataclass
@@ -80,7 +93,7 @@ class EncodeRun:
 class Encoded:
     """What the model says: means [n, l] and reconstruction of every row, image or step; log_likelihood and bounds of
     every unit (series where there are such), nats; for filters ess along each series; for q of functions, bands of the
-    latents of the first series (t, lower, upper)."""
+    latents of the first series (t, lower, upper); groups: the most probable cluster or state [n]."""
 
     means: Float[np.ndarray, "n l"]
     reconstruction: Float[np.ndarray, "n *row"]
@@ -88,6 +101,7 @@ class Encoded:
     pareto_k: Float[np.ndarray, " u"] | None = None
     bounds: dict[str, NDArray] = field(default_factory=dict)
     ess: list[NDArray] | None = None
+    groups: NDArray | None = None
     bands: tuple[NDArray, NDArray, NDArray] | None = None
 
 
@@ -105,7 +119,7 @@ def encode_data(run: EncodeRun, quiet: bool = False) -> dict[str, Any]:
     folder = choose_folder(run.out, run.overwrite)
     if same_file(run.data, folder, RESULTS):
         raise OptionError(f"--out {folder}: the results would replace {run.data}, which they are made from.")
-    material = read_material(run.data, run.series, run.time, run.label, run.drop, run.model not in SEVERAL)
+    material = read_material(run.data, run.series, run.time, run.label, run.drop, run.model not in STEPWISE)
     name = run.model or _usual(material)
     if name == "gp-prior" and material.kind == "images":
         material = material.as_frames()
@@ -174,10 +188,11 @@ def _made(name: str, material: Material, train: NDArray, options: dict[str, Any]
         if option not in known:
             there = ", ".join(f"--{o}" for o in options if o in known)
             raise OptionError(f"--{option} is no option of --model {name}, which has {there}.")
-    given.setdefault("likelihood", _likelihood(name, material))
+    if "likelihood" in known:
+        given.setdefault("likelihood", _likelihood(name, material))
+    if name in ("vae", "mixture") and material.kind == "rows":
+        given.setdefault("latents", min(16, max(1, material.values.shape[1] // 2)))
     if name == "vae":
-        if material.kind == "rows":
-            given.setdefault("latents", min(16, max(1, material.values.shape[1] // 2)))
         single = given["latent"] == "gaussian" if "latent" in given else True
         one = given.get("objective", "elbo" if single else "concrete") in (
             "elbo",
@@ -194,6 +209,8 @@ def _plan(name: str, units: int) -> dict[str, Any]:
     """How to train: few rows or series would make few steps in a pass over them."""
     if name == "gp-prior":
         return {"learning_rate": 1e-2, "epochs": 600, "patience": 100}
+    if name in ("switching", "gp-states"):
+        return {"learning_rate": 2e-2, "epochs": 60, "batch_size": 8}
     rate = {"learning_rate": 3e-3} if name in SEVERAL or units < 1000 else {}
     return rate | {"batch_size": min(100, max(8, units // STEPS))}
 
@@ -211,7 +228,7 @@ def _data(name: str, material: Material, units: NDArray) -> Any:
     if material.kind != "series":
         return material.values[units].astype(np.float32)
     parts = [material.parts[k] for k in units]
-    if name in SEVERAL:
+    if name in STEPWISE:
         return [material.flat[rows] for rows in parts]
     assert material.times is not None
     return [(material.times[rows], material.values[rows]) for rows in parts]
@@ -231,7 +248,8 @@ def encoded(name: str, model: Any, material: Material) -> Encoded:
     }
     if material.kind == "series":  # back to the order of the table
         order = np.argsort(np.concatenate(material.parts))
-        whole["means"], whole["reconstruction"] = whole["means"][order], whole["reconstruction"][order]
+        for key in {"means", "reconstruction", "groups"} & set(whole):
+            whole[key] = whole[key][order]
     whole["reconstruction"] = whole["reconstruction"].reshape(material.values.shape)
     bounds = {key: np.concatenate([part["bounds"][key] for part in found]) for key in found[0]["bounds"]}
     return Encoded(**whole, bounds=bounds, bands=found[0].get("bands"))
@@ -247,7 +265,8 @@ def _rows(name: str, model: Any, material: Material, units: NDArray) -> dict[str
     if model.likelihood == "categorical":
         reconstruction = reconstruction.argmax(-1)
     measured = model.evaluate(data, SAMPLES[name])
-    return {
+    groups = {"groups": array(model.clusters(data)).argmax(-1)} if name == "mixture" else {}
+    return groups | {
         "means": array(model.latent_means(data)).astype(np.float64),
         "reconstruction": reconstruction.astype(np.float64),
         "log_likelihood": array(measured.log_likelihood),
@@ -261,7 +280,9 @@ def _filtered(name: str, model: Any, material: Material, units: NDArray) -> dict
     bounds = {
         key: array(value).astype(np.float64) for key, value in model.bounds(data, SAMPLES[name]).items()
     }
-    return {
+    states = model.states(data) if name == "switching" else []
+    groups = {"groups": np.concatenate([array(s) for s in states])} if states else {}
+    return groups | {
         "means": np.concatenate([array(z) for z in model.encode(data)]).astype(np.float64),
         "reconstruction": np.concatenate([array(x) for x in model.reconstruct(data)]).astype(np.float64),
         "log_likelihood": bounds["fivo"],
@@ -296,28 +317,9 @@ def _functions(name: str, model: Any, material: Material, units: NDArray) -> dic
     }
 
 
-_ENCODERS = {
-    "vae": _rows, "draw": _rows, "vrnn": _filtered, "causal": _convolved, "gp-prior": _functions
+_ENCODERS = dict.fromkeys(("vae", "mixture", "draw"), _rows) | dict.fromkeys(FILTERS, _filtered) | {
+    "causal": _convolved, "gp-prior": _functions
 }  # fmt: skip
-
-
-def alone(
-    train: Float[np.ndarray, "m d"], rows: Float[np.ndarray, "n d"], likelihood: str
-) -> Float[np.ndarray, " n"]:
-    """log p of rows (nats) where every column is by itself, fitted on the rows of train; NaN counts for nothing."""
-    if likelihood == "gaussian":
-        mean, std = np.nanmean(train, axis=0), np.nanstd(train, axis=0)
-        std = np.where(std > 0, std, 1.0)  # as the models scale what does not vary
-        each = -0.5 * ((rows - mean) / std) ** 2 - np.log(std) - 0.5 * np.log(2 * np.pi)
-    elif likelihood == "bernoulli":
-        seen = (~np.isnan(train)).sum(axis=0)
-        share = (np.nansum(train, axis=0) + 0.5) / (seen + 1)
-        each = rows * np.log(share) + (1 - rows) * np.log1p(-share)
-    else:
-        top = int(max(train.max(), rows.max())) + 1
-        counts = np.stack([(train == c).sum(axis=0) for c in range(top)]) + 0.5
-        each = np.log(counts / counts.sum(axis=0))[rows.astype(int), np.arange(rows.shape[1])]
-    return np.nansum(each, axis=1)
 
 
 # ---- what is written -------------------------------------------------------------------------------
@@ -341,6 +343,8 @@ def _write(
         said = encoded(name, model, material)
     names = [f"z{i}" for i in range(said.means.shape[1])]
     latents = pd.concat([_keys(material, run), pd.DataFrame(said.means, columns=names)], axis=1)
+    if said.groups is not None:
+        latents[GROUPS[name]] = said.groups
     write_table(latents, part / f"{LATENTS}.{material.ending}")
     if material.names:
         table = pd.concat(
@@ -350,7 +354,7 @@ def _write(
     else:
         np.save(part / f"{RECONSTRUCTIONS}.npy", said.reconstruction, allow_pickle=False)
     write_table(_likelihoods(run, material, said, test), part / f"{LOG_LIKELIHOOD}.{material.ending}")
-    results = _measured(run, name, model, material, said, train, test, seconds)
+    results = measured(name, model, material, said, train, test, seconds, SAMPLES[name])
     (part / METRICS).write_text(to_json(results) + "\n", encoding="utf-8")
     write_encoding_report(part / REPORT, name, model, material, said, results, test if len(test) else train)
     return results
@@ -377,65 +381,3 @@ def _likelihoods(run: EncodeRun, material: Material, said: Encoded, test: NDArra
     columns |= {"held_out": held, "log_likelihood": said.log_likelihood}
     columns |= {} if said.pareto_k is None else {"pareto_k": said.pareto_k}
     return pd.DataFrame(columns | said.bounds)
-
-
-def _measured(
-    run: EncodeRun,
-    name: str,
-    model: Any,
-    material: Material,
-    said: Encoded,
-    train: NDArray,
-    test: NDArray,
-    seconds: float,
-) -> dict[str, Any]:
-    """What metrics.json holds. Means are over units; of a part without units they are left out."""
-    parts = {"fitted": train} | ({"held out": test} if len(test) else {})
-    rows_of = {
-        key: np.concatenate([material.parts[k] for k in units]) if material.kind == "series" else units
-        for key, units in parts.items()
-    }
-    simple = alone(material.flat[rows_of["fitted"]], material.flat, model.likelihood)
-    if material.kind == "series":
-        simple = np.array([simple[rows].sum() for rows in material.parts])
-    variances = said.means.var(axis=0)
-    error = (said.reconstruction - material.values).reshape(len(material.values), -1)
-    spread = lambda values: float(values.std() / np.sqrt(len(values)))  # noqa: E731
-    scores = {
-        key: {
-            "log_likelihood": float(said.log_likelihood[units].mean()),
-            "standard_error": spread(said.log_likelihood[units]),
-            "columns_alone": float(simple[units].mean()),
-            "bounds": {bound: float(values[units].mean()) for bound, values in said.bounds.items()},
-            "rmse": float(np.sqrt(np.nanmean(error[rows_of[key]] ** 2))),
-        }
-        for key, units in parts.items()
-    }
-    notes = [material.note] if material.note else []
-    if model.likelihood == "bernoulli" and bool(((material.values > 0) & (material.values < 1)).any()):
-        notes.append(
-            "Values between 0 and 1 were read as probabilities to be matched: log-likelihoods compare models of these "
-            "data, and are no densities."
-        )
-    results: dict[str, Any] = {
-        "data": material.source,
-        "model": name,
-        "kind": material.kind,
-        "units": {key: len(units) for key, units in parts.items()},
-        "rows": len(material.values),
-        "shape": list(material.values.shape[1:]),
-        "scores": scores,
-        "samples": SAMPLES[name],
-        "latents": said.means.shape[1],
-        "active_units": int((variances > ACTIVE).sum()),
-        "latent_variances": variances.tolist(),
-        "options": model.options(),
-        "history": asdict(model.history_),
-        "interrupted": model.history_.stopped == "interrupted",
-        "notes": notes,
-        "seconds": round(seconds, 3),
-        "versions": _versions(),
-    }
-    if said.pareto_k is not None:
-        results["pareto_k_above_0.7"] = float((said.pareto_k > 0.7).mean())
-    return results

@@ -12,14 +12,17 @@ from numpy.typing import NDArray
 
 from fspace import encoding_plots as plots
 from fspace.canvas import array
-from fspace.encoding import ACTIVE, SEVERAL
+from fspace.encoding import FILTERS, GROUPS, STEPWISE
 from fspace.encoding_data import Material
+from fspace.encoding_scores import ACTIVE
 from fspace.page import PAGE, STYLE, captions_once, figure, grid
 
 SHOWN = 30  # images or rows that are shown beside their reconstructions
 NEW = 60  # new images; of rows five times as many
 WORDS = {"vae": "variational autoencoder", "draw": "DRAW", "vrnn": "variational recurrent network",
+         "mixture": "variational autoencoder with a mixture prior",
          "causal": "variational autoencoder of causal convolutions",
+         "switching": "switching linear dynamics", "gp-states": "Gaussian process state space",
          "gp-prior": "variational autoencoder with a Gaussian process prior"}  # fmt: skip
 BOUNDS = {
     "elbo": "ELBO", "iwae": "IWAE bound", "fivo": "FIVO bound", "relaxed": "relaxed bound (no bound of this model)"
@@ -64,14 +67,16 @@ def write_encoding_report(
     parts = [f"<h1>{escape(title)}</h1>", _lead(results), _cards(results)]
     parts += [f"<p class='note'>{escape(note)}</p>" for note in results["notes"]]
     size = (6.4, 5.0)
-    pictures = [figure(CAPTIONS["map"], plots.latent_map, said.means, *_colour(material, said), size=size)]
+    pictures = [
+        figure(CAPTIONS["map"], plots.latent_map, said.means, *_colour(name, material, said), size=size)
+    ]
     pictures.append(figure(CAPTIONS["active"], plots.active_units, said.means.var(axis=0), ACTIVE))
     parts.append("<h2>What did it find?</h2>" + grid(pictures))
     seen = _examples(name, model, material, said, shown)
     parts.append("<h2>What does it keep, and what does it make?</h2>" + grid(seen))
     history, unit = (
         results["history"],
-        dict.fromkeys(SEVERAL, "bound, nats per step") | {"gp-prior": "log density of hidden frames, nats"},
+        dict.fromkeys(STEPWISE, "bound, nats per step") | {"gp-prior": "log density of hidden frames, nats"},
     )
     own = [] if name in unit else history["train"]  # of whole series, in another unit
     words = unit.get(name, "bound, nats")
@@ -149,7 +154,7 @@ def _scores(results: Mapping[str, Any]) -> str:
         for name, cells in rows.items()
     )
     unit = _unit(results)
-    by = "particles" if results["model"] == "vrnn" else "samples"
+    by = "particles" if results["model"] in FILTERS else "samples"
     note = (
         f"Nats per {unit}, means and their standard errors. Log-likelihoods are estimated with "
         f"{results['samples']} {by} per {unit}, and are lower bounds in expectation."
@@ -160,10 +165,12 @@ def _scores(results: Mapping[str, Any]) -> str:
     return f"<div class='wide'><table><tr><th></th>{head}</tr>{body}</table></div><p class='note'>{note}</p>"
 
 
-def _colour(material: Material, said: Any) -> tuple[NDArray, str]:
-    """What the latent map is coloured by: the label, else the log-likelihood."""
+def _colour(name: str, material: Material, said: Any) -> tuple[NDArray, str]:
+    """What the latent map is coloured by: the label, else the cluster or state, else the log-likelihood."""
     if material.label is not None:
         return material.label, material.label_name
+    if said.groups is not None:
+        return said.groups, GROUPS[name]
     if material.kind != "series":
         return said.log_likelihood, "log-likelihood (nats)"
     if len(material.parts) > 1:
@@ -182,9 +189,9 @@ def _examples(name: str, model: Any, material: Material, said: Any, shown: NDArr
     some = shown[np.linspace(0, len(shown) - 1, min(SHOWN, len(shown))).astype(int)]
     values, made = material.values[some], said.reconstruction[some]
     if material.kind == "images":
-        new = array(model.sample(NEW, 0, noise=False) if name == "vae" else model.sample(NEW, 0)).astype(
-            float
-        )
+        new = array(
+            model.sample(NEW, 0, noise=False) if name in ("vae", "mixture") else model.sample(NEW, 0)
+        ).astype(float)
         if model.likelihood == "categorical":
             new = new.argmax(-1).astype(float)
         new = new.reshape(-1, *material.values.shape[1:])

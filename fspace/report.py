@@ -12,8 +12,8 @@ import numpy as np
 
 from . import class_plots, plots
 from .canvas import array
-from .report_outputs import correlations_of_outputs
 from .page import NARROW, PAGE, STYLE, WIDE, captions_once, figure, grid
+from .report_outputs import correlations_of_outputs
 from .scores import (
     CLASS_SCORES,
     SCORES,

@@ -16,7 +16,7 @@ from sklearn.decomposition import PCA
 from fspace import cli, encoding_plots, encoding_report
 from fspace.canvas import BLUE, PALE
 from fspace.data import read_table, write_table
-from fspace.encoding import alone
+from fspace.encoding_scores import alone
 from fspace.inference.amortized import training
 from fspace.inference.amortized.model import load
 
@@ -187,6 +187,42 @@ def test_causal_convolutions_take_series_too(run, tmp_path):
     assert set(scores["bounds"]) == {"elbo", "iwae"}
 
 
+def test_clusters_are_told_of_every_row(full_run, tmp_path):
+    write_table(flowers(), tmp_path / "flowers.csv")
+    arguments = ["flowers.csv", "--label", "kind", "--model", "mixture", "--components", 2, "--latents", 1]
+    assert full_run(*arguments, "--epochs", 30, "--device", "cpu", "--out", "r")[0] == 0
+    latents, model = read_table("r/latents.csv"), load("r/model.amortized")
+    x = flowers().drop(columns="kind").to_numpy(dtype=np.float32)
+    assert (latents["cluster"] == model.clusters(x).argmax(1).numpy()).all()
+    assert "mixture prior" in open("r/report.html").read()
+
+
+@pytest.mark.parametrize(("name", "group"), [("switching", ["state"]), ("gp-states", [])])
+def test_states_of_series(full_run, tmp_path, name, group):
+    """Answers are in the order of the table, whose rows are in disorder, and are those of the model."""
+    write_table(waves(), tmp_path / "waves.csv")
+    arguments = ["waves.csv", "--series", "who", "--time", "hour", "--model", name, "--samples", 4]
+    extra = ["--components", 2, "--objective", "concrete"] if group else []
+    assert full_run(*arguments, *extra, "--out", "r", *QUICK)[0] == 0
+    model, latents = load("r/model.amortized"), read_table("r/latents.csv")
+    assert list(latents) == ["row", "who", "hour", "z0", "z1", *group]
+    parts = [waves().query(f"who == 's{k}'").sort_values("hour") for k in range(5)]
+    order = list(dict.fromkeys(waves()["who"]))
+    data = [parts[int(who[1:])] for who in order]
+    numbers = [part[["a", "b"]].to_numpy() for part in data]
+    for part, z, ess in zip(data, model.encode(numbers), model.effective_sample_size(numbers, 64)):
+        assert ess.shape == (len(part),) and bool((ess >= 1 - 1e-6).all()) and bool((ess <= 64 + 1e-6).all())
+        np.testing.assert_allclose(latents[["z0", "z1"]].loc[part.index], z, atol=1e-8)
+    if group:
+        found = np.concatenate([s.numpy() for s in model.states(numbers)])
+        told = np.concatenate([latents["state"].loc[part.index] for part in data])
+        assert (found == told).all()
+    bounds = json.loads(open("r/metrics.json").read())["scores"]["fitted"]["bounds"]
+    assert set(bounds) == ({"fivo", "relaxed"} if group else {"fivo"})
+    page = open("r/report.html").read()
+    assert "particles count" in page and "64 particles per series" in page
+
+
 def test_gaps_of_a_series_are_filled_by_a_gp_prior(full_run, tmp_path):
     t = np.linspace(0, 6, 30)
     table = pd.DataFrame({"t": t, "a": np.sin(t), "b": np.cos(t)})
@@ -251,7 +287,10 @@ def test_ctrl_c_keeps_the_best_state_and_writes_everything(full_run, tmp_path, m
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["flowers.csv", "--model", "gan"], ["--model gan", "vae, draw, vrnn, causal, gp-prior"]),
+        (
+            ["flowers.csv", "--model", "gan"],
+            ["--model gan", "vae, mixture, draw, vrnn, causal, switching, gp-states"],
+        ),
         (["flowers.csv"], ["'kind' holds text", "row 0", "--drop kind", "--label kind"]),
         (["flowers.csv", "--label", "kid"], ["--label kid", "Did you mean 'kind'"]),
         (["flower.csv"], ["no file 'flower.csv'"]),

@@ -19,15 +19,29 @@ _WHERE = {
     "evaluate": ("LogLikelihood", "log_likelihood"),
     "pareto": ("pareto_k",),
     "ais": ("AnnealedEvidence", "annealed_importance"),
+    "model": ("AmortizedModel", "load"),
+    "vae": ("VAE",),
+    "semi_supervised": ("SemiSupervisedVAE",),
+    "mixture_vae": ("MixtureVAE",),
+    "draw": ("DRAW",),
+    "vrnn": ("VRNN",),
+    "causal": ("CausalVAE",),
+    "switching": ("SwitchingLinear",),
+    "gp_prior": ("GPPriorVAE",),
+    "gp_state_space": ("GPStateSpace",),
+    "vae_kernel": ("VAEKernelGP",),
+    "topics": ("TopicsOverTime",),
 }  # fmt: skip
 _FILE = {name: file for file, names in _WHERE.items() for name in names}
-__all__ = sorted(_FILE)
+__all__ = sorted([*_FILE, "smc"])
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when first used."""
+    """Public names are imported when first used; `smc` is a module, of particle filters."""
     from importlib import import_module
 
+    if name == "smc":
+        return import_module(f"{__name__}.smc")
     if name in _FILE:
         return getattr(import_module(f"{__name__}.{_FILE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fspace.errors import DataError, OptionError
 from fspace.inference.amortized import smc
 from fspace.inference.amortized.model import AmortizedModel
+from fspace.inference.amortized.series import parts_of
 from fspace.inference.amortized.training import Rows, Step, plan_of, train
 from fspace.inference.basis import FIRST_JITTER, Basis, Site
 from fspace.inference.gp import GPPosterior, Scaling
@@ -52,6 +53,8 @@ class GPStateSpace(AmortizedModel):
     z_t+1. latents: dimensions of z; kernel of f: "rbf", "matern", "linear"; inducing: number of inducing inputs;
     particles: of the filter; hidden: size of the recurrent network that reads y backwards for the proposal.
     """
+
+    likelihood = "gaussian"  # of y given z
 
     def __init__(
         self,
@@ -273,15 +276,25 @@ class GPStateSpace(AmortizedModel):
         generator = generator_for(seed, self.where)
         return self._filtered(rows, check_count(samples, 1), generator, own=True, weighed=False).log_evidence
 
+    def bounds(self, data: Any, samples: int = 128, seed: int | None = 0) -> dict[str, Float[Tensor, " s"]]:
+        """The bound of every series by so many particles (nats): "fivo"."""
+        return {"fivo": self.log_likelihood(data, samples, seed)}
+
+    @torch.no_grad()
+    def effective_sample_size(self, data: Any, particles: int = 128, seed: int | None = 0) -> Any:
+        """Effective sample size along each series, [T]; a list of these of a list."""
+        rows, generator = self.rows_like_fitted(data), generator_for(seed, self.where)
+        return parts_of(
+            self._filtered(rows, particles, generator, own=True, weighed=False).ess, rows[2], data
+        )
+
     @torch.no_grad()
     def encode(self, data: Any, particles: int = 200, seed: int | None = 0) -> Any:
         """Filtered means of the state: [T, l] of a series, a list of these of a list."""
         rows = self.rows_like_fitted(data)
         found = self._filtered(rows, particles, generator_for(seed, self.where), True, False, history=True)
         z = torch.stack([state[0] for state in found.states])  # [T, N, B, l]
-        means = (found.weights[..., None] * z).sum(1).transpose(0, 1)
-        parts = [mean[:length] for mean, length in zip(means, rows[2].tolist())]
-        return parts if isinstance(data, list) else parts[0]
+        return parts_of((found.weights[..., None] * z).sum(1), rows[2], data)
 
     @torch.no_grad()
     def reconstruct(self, data: Any) -> Any:

@@ -28,10 +28,10 @@ from fspace.inference.amortized.kalman import Updated, drawn, predicted, updated
 from fspace.inference.amortized.model import AmortizedModel
 from fspace.inference.amortized.proposals import gumbel
 from fspace.inference.amortized.resampling import inverse_cdf
+from fspace.inference.amortized.series import parts_of
 from fspace.inference.amortized.switching_start import Regressions, regressions, scores
 from fspace.inference.amortized.training import Rows, Step, plan_of, train
 from fspace.inference.amortized.vae import TEMPERATURES
-from fspace.inference.amortized.vrnn import _parts
 from fspace.inference.numerics import seeded
 from fspace.predictive import check_count, generator_for
 from fspace.sampled import Samples
@@ -51,6 +51,8 @@ class SwitchingLinear(AmortizedModel):
     "concrete" (relaxed in training; what is reported is always of the model with discrete states); particles: of the
     filter in training.
     """
+
+    likelihood = "gaussian"  # of y given z
 
     def __init__(
         self,
@@ -273,7 +275,7 @@ class SwitchingLinear(AmortizedModel):
         rows, generator = self.rows_like_fitted(data), generator_for(seed, self.where)
         found = self._filtered(rows, particles, generator, history=True)
         means = torch.stack([state["mean"] for state in found.states])
-        return _parts((found.weights[..., None] * means).sum(1), rows[1], data)
+        return parts_of((found.weights[..., None] * means).sum(1), rows[1], data)
 
     @torch.no_grad()
     def reconstruct(self, data: Any, particles: int = 128, seed: int | None = 0) -> Any:
@@ -281,6 +283,12 @@ class SwitchingLinear(AmortizedModel):
         decode = lambda z: self.emission(z) * self.y_scale + self.y_shift  # noqa: E731
         found = self.encode(data, particles, seed)
         return [decode(z) for z in found] if isinstance(data, list) else decode(found)
+
+    @torch.no_grad()
+    def effective_sample_size(self, data: Any, particles: int = 128, seed: int | None = 0) -> Any:
+        """Effective sample size along each series, [T]; a list of these of a list."""
+        rows, generator = self.rows_like_fitted(data), generator_for(seed, self.where)
+        return parts_of(self._filtered(rows, particles, generator).ess, rows[1], data)
 
     @torch.no_grad()
     def state_probabilities(
@@ -293,7 +301,7 @@ class SwitchingLinear(AmortizedModel):
         for part in zip(*(r.split(AT_ONCE) for r in rows)):
             s = self._paths(self._filtered(part, particles, generator, history=True), paths, generator)
             share = nn.functional.one_hot(s, self.components).double().mean(1)
-            found += _parts(share, part[1], [])
+            found += parts_of(share, part[1], [])
         return found if isinstance(data, list) else found[0]
 
     def states(self, data: Any, particles: int = 100, paths: int = 100, seed: int | None = 0) -> Any:

@@ -182,7 +182,7 @@ def test_states_are_recovered(objective):
     """The states of series that were not trained on; one system alone says much less of them."""
     series, _ = switching()
     test, truth = switching(4, seed=1)
-    plan = {"epochs": 20, "learning_rate": 3e-2, "batch_size": 8, **QUIET}
+    plan = {"epochs": 12, "learning_rate": 3e-2, "batch_size": 8, **QUIET}
     model = SwitchingLinear(3, 2, objective, 8, device="cpu").fit(series, **plan)
     score = adjusted_rand_score(np.concatenate(truth), torch.cat(model.states(test, 50, 50)))
     worth = model.log_likelihood(test, 50).sum() / 400
