@@ -88,7 +88,9 @@ class Tasks:
         across = read_off(basis, small)
         sites = {name: replace(moved(s, across), basis_id=small.id) for name, s in self.sites.items()}
         found = replace(self, basis=small, sites=sites)
-        return found, divergence(self.total.padded(wide), moved(found.total, read_off(small, wide)))
+        # over the inducing values of both: given these, what else there is follows from the prior in either
+        both = basis.grown(wide.inducing_inputs[chosen[chosen >= len(basis.inducing_inputs)]])
+        return found, divergence(self.total.padded(both), moved(found.total, read_off(small, both)))
 
 
 def learn_task(
