@@ -165,7 +165,9 @@ def encode(
         ),
     ] = None,
     latents: Annotated[int | None, typer.Option(help="How many latents (of draw: at every step).")] = None,
-    latent: Annotated[str | None, typer.Option(help="Of vae: gaussian, bits or categories.")] = None,
+    latent: Annotated[
+        str | None, typer.Option(help="Of vae: gaussian, bits or categories; of vrnn: gaussian or bits.")
+    ] = None,
     network: Annotated[str | None, typer.Option(help="Of vae: dense or conv (images).")] = None,
     objective: Annotated[
         str | None,
