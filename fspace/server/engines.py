@@ -124,7 +124,7 @@ def fit(
     named = by_name(shards)
     if rounds < 1 or not tolerance > 0:
         raise OptionError(f"rounds={rounds!r} must be at least 1 and tolerance={tolerance!r} above 0.")
-    server = PosteriorServer() if server is None else server
+    server = require_server(server)
     if scaling is None:
         scaling = server.basis(basis.id)[1] if basis.id in server.forms() else unit_scaling(basis)
         assert scaling is not None
@@ -138,11 +138,28 @@ def fit(
         runs.stop()
 
 
-def by_name(shards: Sequence[Shard] | Mapping[str, Shard]) -> dict[str, Shard]:
-    """Shards by their names. Raises OptionError where there is none."""
+def require_server(server: Any) -> PosteriorServer:
+    """The server that is given, or one in memory. Raises OptionError for what is none."""
+    if server is None:
+        return PosteriorServer()
+    if not isinstance(server, PosteriorServer):
+        raise OptionError(
+            f"server={server!r} is no server; pass PosteriorServer('FILE.db') for one in a file."
+        )
+    return server
+
+
+def by_name(shards: Sequence[Any] | Mapping[str, Any]) -> dict[str, Shard]:
+    """Shards by their names. Raises OptionError where there is none, or one is neither rows nor what returns them."""
     named = dict(shards) if isinstance(shards, Mapping) else {f"shard {k}": s for k, s in enumerate(shards)}
     if not named:
         raise OptionError("There is no shard to fit.")
+    for name, shard in named.items():
+        if not callable(shard) and not (isinstance(shard, tuple | list) and len(shard) == 2):
+            raise OptionError(
+                f"Shard {name!r} is a {type(shard).__name__}; give a pair (x, y), a TableShard, or a function that "
+                "returns such a pair where the worker runs."
+            )
     return named
 
 

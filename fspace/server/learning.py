@@ -32,7 +32,7 @@ from fspace.kernels.deep import DeepKernel, embedded_kernel
 from fspace.kernels.evaluate import covariance
 from fspace.kernels.extractors import SoftSpectralLinear
 from fspace.server.core import PosteriorServer, unit_scaling
-from fspace.server.engines import Engine, asynchronous, by_name, join, start
+from fspace.server.engines import Engine, asynchronous, by_name, join, require_server, start
 from fspace.server.local_updates import Update
 from fspace.server.workers import Shard, Worker, state_of
 
@@ -106,7 +106,7 @@ def learn_basis(
     if optimiser not in ("lbfgs", "adam"):
         raise OptionError(f"optimiser={optimiser!r} does not exist; choose 'lbfgs' or 'adam'.")
     _require_constant_gaussian_noise(basis)
-    server = PosteriorServer() if server is None else server
+    server = require_server(server)
     _require_all_rows(server, named, shards, without)
     scaling = scaling if scaling is not None else _scaling_of(server) or unit_scaling(basis)
     runs = start(

@@ -51,7 +51,11 @@ class Listening:
     rate: float = 50.0
 
     def check(self) -> None:
-        """Raises OptionError for half a certificate, and for no TLS where other machines reach it."""
+        """Raises OptionError for half a certificate, no TLS where other machines reach it, and a rate of none."""
+        if not 0 < self.rate < math.inf:
+            raise OptionError(
+                f"--rate {self.rate:g} must be above 0: how many requests a second one token has."
+            )
         if (self.certificate is None) != (self.key is None):
             raise OptionError("--certificate and --key go together; give both.")
         for option, file in (("--certificate", self.certificate), ("--key", self.key)):
@@ -114,6 +118,10 @@ def serve_store(store: str, tokens: str, model: str | None, where: Listening, sa
     import uvicorn
 
     where.check()
+    if model is not None:
+        model_file(model)
+    elif not Path(store).exists():  # opening would make an empty one
+        raise OptionError(f"{store} has no basis; give --model, a model that `fspace fit` saved.")
     known = Tokens(tokens)
     with PosteriorServer(store) as server:
         if model is not None:

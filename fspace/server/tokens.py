@@ -25,7 +25,7 @@ RIGHTS = ("put", "read", "admin")
 @dataclass(frozen=True)
 class Limits:
     """What the network front takes: requests a second and at once of one token, requests in hand of all, bytes of a
-    basis, seconds that a body may take to arrive."""
+    basis, seconds that a body may take to arrive. Of the requests in hand, one token may have half."""
 
     rate: float = 50.0
     burst: int = 100

@@ -12,7 +12,16 @@ from fspace.errors import OptionError
 from fspace.inference.basis import Site
 from fspace.predictive_base import check_seed
 from fspace.server.core import PosteriorServer, form_of
-from fspace.server.engines import Engine, ServerFit, asynchronous, by_name, join, start, synchronous
+from fspace.server.engines import (
+    Engine,
+    ServerFit,
+    asynchronous,
+    by_name,
+    join,
+    require_server,
+    start,
+    synchronous,
+)
 from fspace.server.pvi import Pvi, PviWorker
 from fspace.server.snep import Snep, SnepWorker
 from fspace.server.weight_workers import GaussianNoise, Softmax, WeightLikelihood, WeightWorker
@@ -60,7 +69,7 @@ def fit_weights(
             f"rounds={rounds!r} must be at least 1, start_variance={start_variance!r} between 0 and 1."
         )
     basis = weight_basis(module, likelihood, prior_scale, diagonal)
-    server = PosteriorServer() if server is None else server
+    server = require_server(server)
     server.register_basis(basis)
     workers: dict[str, WeightWorker] = {}
     for name, shard in named.items():

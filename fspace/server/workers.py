@@ -35,17 +35,20 @@ Rows: TypeAlias = tuple[
 
 @dataclass(frozen=True)
 class TableShard:
-    """A CSV or Parquet file of numbers: the columns named as targets are y, all others x, in the file's order."""
+    """A CSV or Parquet file of numbers: the columns named as targets are y, all others x, in file order."""
 
     path: str | Path
-    targets: tuple[str, ...]
+    targets: str | tuple[str, ...]
 
     def __call__(self) -> Rows:
         """Read the file. Raises DataError for a file or a column that cannot be used."""
         from fspace.datasets import read_table
 
         table = read_table(self.path)
-        missing = [name for name in self.targets if name not in table.columns]
+        targets = [self.targets] if isinstance(self.targets, str) else list(self.targets)
+        missing = [name for name in targets if name not in table.columns]
+        if not targets:
+            raise DataError(f"targets is empty; name the columns of {str(self.path)!r} that are y.")
         if missing:
             raise DataError(
                 f"{str(self.path)!r} has no column {missing[0]!r}; it has {', '.join(table.columns)}."
@@ -56,8 +59,8 @@ class TableShard:
                 f"Column {words[0]!r} of {str(self.path)!r} holds no numbers; encode it first, or pass a function that "
                 "returns the encoded rows as shard."
             )
-        y = table[list(self.targets)].to_numpy(np.float64)
-        return table.drop(columns=list(self.targets)).to_numpy(np.float64), y
+        y = table[targets].to_numpy(np.float64)
+        return table.drop(columns=targets).to_numpy(np.float64), y
 
 
 Shard: TypeAlias = Rows | TableShard | Callable[[], Rows]

@@ -14,6 +14,7 @@ from fspace.errors import DataError, OptionError, ServerError
 from fspace.inference.collapsed import fit_site, log_evidence
 from fspace.inference.sites import converge
 from fspace.server import LocalEngine, PosteriorServer, TableShard, Update, fit
+from fspace.server.engines import by_name, require_server
 from fspace.server.natural import divergence
 
 
@@ -145,6 +146,14 @@ def test_files_as_shards(gaussian, tmp_path):
     assert (found.server.total().shift - pooled.shift).abs().max() < 1e-9 * pooled.shift.abs().max()
     with pytest.raises(DataError, match="no column"):
         TableShard(path, ("y3",))()
+    with pytest.raises(DataError, match="targets is empty; name the columns"):
+        TableShard(path, ())()
+    assert all((a == b).all() for a, b in zip(TableShard(path, "y1")(), TableShard(path, ("y1",))()))
+    with pytest.raises(OptionError, match=r"server='store.db' is no server; pass PosteriorServer"):
+        require_server("store.db")
+    for wrong in (None, "a.csv", (1, 2, 3)):
+        with pytest.raises(OptionError, match="Shard 'shard 1' is a .*; give a pair"):
+            by_name([lambda: None, wrong])
 
 
 @pytest.mark.parametrize("what", ["nan", "columns", "short", "outputs"])

@@ -185,6 +185,7 @@ def test_where_it_listens():
     (["serve", "--store", "s.db"], "has no basis"),
     (["serve", "--store", "s.db", "--host", "0.0.0.0"], "unencrypted"),
     (["serve", "--store", "s.db", "--model", "none.fspace"], "There is no model 'none.fspace'"),
+    (["serve", "--store", "s.db", "--model", "m.fspace", "--rate", "0"], "--rate 0 must be above 0"),
     (["token"], "for one site"),
     (["token", "--revoke", "abc"], "no token"),
     (["fetch", "--server", "https://x", "--token-file", "none", "--out", "a"], "cannot be read"),
@@ -200,6 +201,7 @@ def test_refusals_are_one_line(args, words, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert ended.value.code == 2 and printed.out == ""
     assert words in printed.err and printed.err.count("\n") == 1
+    assert not (tmp_path / "s.db").exists()
 
 
 @pytest.fixture
