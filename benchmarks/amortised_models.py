@@ -375,22 +375,23 @@ def shapes(quick: bool) -> list[dict[str, Any]]:
     for k, (r, c, s) in enumerate(factors):
         x[k, 0, r : r + s, c : c + s] = 1.0
     rows = []
-    for beta in (1.0, 4.0, 16.0):
-        gaps = []
+    for beta in (1.0, 2.0, 4.0, 8.0):
+        gaps, active = [], []
         for seed in range(1 if quick else 3):
             model = VAE(6, widths=(128,), beta=beta)
             model.fit(
                 x.reshape(4000, -1),
-                epochs=1 if quick else 40,
+                epochs=1 if quick else 80,
                 batch_size=100,
-                patience=15,
+                patience=1000,
                 seed=seed,
                 **QUIET,
             )
-            gaps.append(mutual_information_gap(model.latent_means(x.reshape(4000, -1)).numpy(), factors))
-        rows.append(
-            {"beta": beta, "mig": float(np.mean(gaps)), "spread": float(np.std(gaps)), "seeds": len(gaps)}
-        )
+            means = model.latent_means(x.reshape(4000, -1)).numpy()
+            gaps.append(mutual_information_gap(means, factors))
+            active.append(int((means.var(0) > 0.01).sum()))
+        rows.append({"beta": beta, "mig": float(np.mean(gaps)), "spread": float(np.std(gaps)), "seeds": len(gaps),
+                     "active": float(np.mean(active))})  # fmt: skip
         common.say(rows[-1])
     return rows
 

@@ -26,7 +26,7 @@ def record(seed, steps=30):
 
 
 model = GPStateSpace(2, inducing=20, particles=4, hidden=16)
-model.fit([record(seed) for seed in range(12)], epochs=250, batch_size=12, learning_rate=3e-2, progress=False)
+model.fit([record(seed) for seed in range(12)], epochs=200, batch_size=12, learning_rate=3e-2, progress=False)
 fresh = [record(seed, 60) for seed in range(100, 110)]
 inside, errors = [], []
 for y in fresh:
@@ -49,7 +49,7 @@ for k, name in enumerate(("hares", "lynxes")):
     ax.plot(np.arange(30, 60), forecast.mean[:, k], color=f"C{k}", label=f"{name}, forecast and 90%")
 ax.axvline(29.5, color="0.6", lw=1)
 ax.set(xlabel="step", ylabel="log population, from its balance")
-ax.legend(ncols=2, fontsize=8)
+ax.legend(ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
 for path in model.sample(3, seed=0, steps=40).numpy():
     plane.plot(path[:, 0], path[:, 1], lw=1)
 plane.set(xlabel="hares", ylabel="lynxes", title="three new records")
