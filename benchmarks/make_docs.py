@@ -10,10 +10,12 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import common
 import published
+import sections_models
 
 PAGE = common.ROOT / "docs" / "benchmarks.md"
 BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -380,6 +382,20 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "continual": continual,
     "outputs": outputs,
     "snep": snep,
+    **{
+        f"amortised_{name}": partial(section, table=table, where=where)
+        for name, section in (
+            ("music", sections_models.music),
+            ("nottingham", sections_models.music),
+            ("digits", sections_models.digits),
+            ("draw", sections_models.draw),
+            ("discrete", sections_models.discrete),
+            ("frames", sections_models.frames),
+            ("pendulum", sections_models.pendulum),
+            ("shapes", sections_models.shapes),
+            ("topics", sections_models.topics),
+        )
+    },
 }
 
 
