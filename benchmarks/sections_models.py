@@ -35,7 +35,8 @@ def digits(result: dict[str, Any], table: Table, where: Where) -> str:
     seconds = ", ".join(f"{row['model']} {row['k']}: {row['seconds']:.0f} s" for row in found["rows"])
     note = (
         f"Nats of {found['test_rows']} test digits by {found['samples']:,} samples, ± standard error over digits; at "
-        f"most {found['passes']} passes, one seed. Pareto's k is above 0.7 for {share:.0%} of the digits at most. {seconds}."
+        f"most {found['passes']} passes, one seed. Pareto's k is above 0.7 for {share:.0%} of the digits at most. "
+        f"{seconds}."
     )
     return f"{table(['', 'K = 1', 'K = 5', 'K = 50'], body)}\n\n{note}\n\n{where(result['machine'])}"
 
