@@ -58,7 +58,7 @@ def nottingham(quick: bool) -> dict[str, Any]:
     for name, most in zip(("train", "test"), STRETCHES):
         cut = [x[k : k + STRETCH] for x in rolls[name] for k in range(0, len(x), STRETCH)]
         parts.append([x for x in cut if len(x) >= STRETCH // 2][:most])
-    return sung(*parts, 1 if quick else 8)
+    return sung(parts[0], parts[1], 1 if quick else 8)
 
 
 def sung(train: list[np.ndarray], test: list[np.ndarray], passes: int) -> dict[str, Any]:
