@@ -79,7 +79,7 @@ def wake_wake(terms: LogTerms) -> Estimate:
     return Estimate(value.detach(), value, weighted(terms.weights.detach().softmax(0), terms.score))
 
 
-def wake_sleep(terms: LogTerms, dreams: Float[Tensor, " s"]) -> Estimate:
+def wake_sleep(terms: LogTerms, dreams: Tensor) -> Estimate:
     """As wake_wake, but the encoder learns from dreams: log q(z' | x') [S] of pairs drawn from the decoder's own joint.
 
     (z', x') must be held constant. Raises DataError for dreams of another shape, NumericalError for one that is not

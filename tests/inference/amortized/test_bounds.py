@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -267,6 +269,12 @@ def test_public_names_are_there():
     for name in amortized.__all__:
         assert getattr(amortized, name) is not None
     assert set(amortized.__all__) == set(dir(amortized))
+    found = subprocess.run(  # in a process of its own, where no other import has brought the module in
+        [sys.executable, "-c", "import fspace.inference.amortized as a; print(a.smc.filter.__name__)"],
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout.strip() == "filter", found.stderr
     with pytest.raises(AttributeError):
         amortized.nonsense  # noqa: B018
 
