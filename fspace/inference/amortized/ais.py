@@ -162,5 +162,15 @@ def _densities(
         z = z.detach().requires_grad_()
         base, joint = q.log_prob(z), checks.asked("model.log_joint", model.log_joint, x, z, data=x)
         checks.of_shape(joint, tuple(base.shape), "model.log_joint")
-        slopes = tuple(torch.autograd.grad(part.sum(), z)[0] for part in (base, joint))
-    return base.detach(), joint.detach(), (slopes[0], slopes[1])
+        slopes = _slope(base, z, "log q(z | x)"), _slope(joint, z, "log p(x, z)")
+    return base.detach(), joint.detach(), slopes
+
+
+def _slope(density: Tensor, z: Tensor, name: str) -> Tensor:
+    """Its gradient in z; DataError where it has none, as that of a discrete latent."""
+    found = torch.autograd.grad(density.sum(), z, allow_unused=True)[0] if density.requires_grad else None
+    if found is None:
+        raise DataError(
+            f"{name} has no gradient in z. annealed_importance needs real latents; HMC moves nothing else."
+        )
+    return found

@@ -1,13 +1,21 @@
 """Annealed importance sampling: unbiased, against known evidence and a density that is not Gaussian."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.distributions import Normal, Poisson
 
 from fspace.errors import DataError, NumericalError, OptionError
-from fspace.inference.amortized import DiagonalGaussian, ais, annealed_importance, log_likelihood
+from fspace.inference.amortized import (
+    Bernoulli,
+    Categorical,
+    DiagonalGaussian,
+    ais,
+    annealed_importance,
+    log_likelihood,
+)
 
 
 def seeded(seed=0):
@@ -128,6 +136,13 @@ def test_refusals(ppca):
 
     with pytest.raises(DataError, match="one real latent"):
         annealed_importance(Bits(), x, 4, 3)
+    for kind in (Bernoulli, Categorical):
+        bits = SimpleNamespace(
+            encode=lambda x, kind=kind: kind(torch.zeros(3, 2, requires_grad=True)),
+            log_joint=lambda x, z: -(z.sum(-1) - x[:, 0]).square(),
+        )
+        with pytest.raises(DataError, match=r"log q\(z \| x\) has no gradient in z"):
+            annealed_importance(bits, x, 4, 3)
 
 
 def test_float32_and_devices(ppca, device):
