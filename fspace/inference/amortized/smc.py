@@ -304,17 +304,15 @@ class _LogEvidence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        increments = ctx.saved_tensors
+        increments, masses, totals = ctx.saved_tensors, ctx.masses, ctx.totals
         if (
             torch.is_grad_enabled()
-        ):  # second derivatives are wanted, so the weights must be functions of the increments
-            weights = _weights(increments, ctx.closed)
-        else:
-            weights = [mass / total for mass, total in zip(ctx.masses, ctx.totals)]
-        share = torch.zeros_like(weights[0])
+        ):  # second derivatives are wanted: weights must be functions of the increments
+            masses, totals = _weights(increments, ctx.closed), [1.0] * len(masses)
+        share = torch.zeros_like(masses[0])
         found = []
-        for closed, weight, increment in reversed(list(zip(ctx.closed, weights, increments))):
-            share = torch.where(closed, weight * grad, share)
+        for closed, mass, total, increment in reversed(list(zip(ctx.closed, masses, totals, increments))):
+            share = torch.where(closed, mass * (grad / total), share)
             found.append(share.to(increment.dtype))
         return None, None, None, None, *reversed(found)
 
