@@ -209,6 +209,10 @@ def test_a_few_weights_of_zero_are_no_error(lw):
     assert elbo(lw)[1] == -math.inf  # which is its value
     torch.testing.assert_close(ciwae(lw, 0.0), iwae(lw))
     assert elbo(lw)[[0, 2, 3]].isfinite().all()
+    for name, bound in FLAT.items():
+        if name != "renyi of 2":  # whose value is all that of the weight of zero
+            leaf = lw.clone().requires_grad_()
+            assert torch.autograd.grad(bound(leaf).sum(), leaf)[0].isfinite().all(), name
 
 
 def test_bad_weights_of_repeats_are_named(lw):
