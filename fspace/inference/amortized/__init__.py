@@ -19,15 +19,19 @@ _WHERE = {
     "evaluate": ("LogLikelihood", "log_likelihood"),
     "pareto": ("pareto_k",),
     "ais": ("AnnealedEvidence", "annealed_importance"),
+    "smoothing": ("backward_simulation", "trajectories"),
 }  # fmt: skip
+_MODULES = ("resampling", "smc")  # whose names are read with the module's: smc.filter
 _FILE = {name: file for file, names in _WHERE.items() for name in names}
-__all__ = sorted(_FILE)
+__all__ = sorted([*_FILE, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
     """Public names are imported when first used."""
     from importlib import import_module
 
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     if name in _FILE:
         return getattr(import_module(f"{__name__}.{_FILE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
