@@ -208,6 +208,27 @@ def load_uci(name: str, split: int = 0, root: str | os.PathLike[str] | None = No
     return Split(x[train], y[train], x[test], y[test])
 
 
+def load_polyphonic(name: str, root: str | os.PathLike[str] | None = None) -> dict[str, list[np.ndarray]]:
+    """Piano rolls, "JSB_Chorales" or "Nottingham": lists of series [T, 88] of 0 and 1, by "train", "valid", "test".
+
+    root: the folder that holds polyphonic/ (None: the variable FSPACE_DATA). Raises DataError where it is not there.
+    Source: Boulanger-Lewandowski, Bengio and Vincent (2012), whose page has the files.
+    """
+    from scipy.io import loadmat
+
+    folder = root if root is not None else os.environ.get("FSPACE_DATA")
+    if folder is None:
+        raise DataError("Name the folder that holds polyphonic/, or set FSPACE_DATA to it.")
+    file = Path(folder) / "polyphonic" / f"{name}.mat"
+    if not file.exists():
+        raise DataError(f"{file}: no such file; get it from the authors' page on modelling polyphonic music.")
+    content = loadmat(file)
+    return {
+        part: [np.asarray(roll, dtype=np.float32) for roll in content[f"{part}data"].ravel()]
+        for part in ("train", "valid", "test")
+    }
+
+
 def load_flights(
     rows: int | None = 300_000, seed: int = 0, carrier: bool = False
 ) -> tuple[pd.DataFrame, pd.Series]:
@@ -250,3 +271,11 @@ def load_flights(
     if carrier:
         inputs["carrier"] = flights["carrier"]
     return inputs.reset_index(drop=True), flights["arr_delay"].astype(np.float64).reset_index(drop=True)
+
+
+def load_digits_images() -> tuple[Float[np.ndarray, "n c h w"], np.ndarray]:
+    """scikit-learn's handwritten digits: 1,797 images of 8 x 8 with values from 0 to 1, and their labels."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    return images.reshape(-1, 1, 8, 8) / 16.0, labels

@@ -11,6 +11,13 @@ from fspace.errors import ModelFileError, OptionError
 
 DEFAULT_OUT = "fspace-out"
 MODEL, METRICS, PREDICTIONS, REPORT = "model.fspace", "metrics.json", "predictions.csv", "report.html"
+AMORTIZED = "model.amortized"
+LATENTS, RECONSTRUCTIONS, LOG_LIKELIHOOD = "latents", "reconstructions", "log_likelihood"  # with an ending
+RESULTS = (MODEL, METRICS, PREDICTIONS, REPORT, AMORTIZED) + tuple(
+    f"{name}.{ending}"
+    for name in (LATENTS, RECONSTRUCTIONS, LOG_LIKELIHOOD)
+    for ending in ("csv", "parquet", "npy")
+)
 
 
 def model_file(path: str) -> Path:
@@ -100,7 +107,7 @@ def publish(part: Path, folder: Path, out: str | None, overwrite: bool) -> Path:
     if _taken(folder) and not overwrite:
         folder = _next_free(folder) if out is None else folder.with_name(f"{folder.name}-{os.getpid()}")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (MODEL, METRICS, PREDICTIONS, REPORT):  # no file of an earlier run beside those of this one
+    for name in RESULTS:  # no file of an earlier run beside those of this one
         earlier = folder / name
         if earlier.is_dir():
             shutil.rmtree(earlier)

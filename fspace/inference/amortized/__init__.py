@@ -20,6 +20,18 @@ _WHERE = {
     "pareto": ("pareto_k",),
     "ais": ("AnnealedEvidence", "annealed_importance"),
     "smoothing": ("backward_simulation", "trajectories"),
+    "model": ("AmortizedModel", "load"),
+    "vae": ("VAE",),
+    "semi_supervised": ("SemiSupervisedVAE",),
+    "mixture_vae": ("MixtureVAE",),
+    "draw": ("DRAW",),
+    "vrnn": ("VRNN",),
+    "causal": ("CausalVAE",),
+    "switching": ("SwitchingLinear",),
+    "gp_prior": ("GPPriorVAE",),
+    "gp_state_space": ("GPStateSpace",),
+    "vae_kernel": ("VAEKernelGP",),
+    "topics": ("TopicsOverTime",),
 }  # fmt: skip
 _MODULES = ("resampling", "smc")  # whose names are read with the module's: smc.filter
 _FILE = {name: file for file, names in _WHERE.items() for name in names}
@@ -27,7 +39,7 @@ __all__ = sorted([*_FILE, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when first used."""
+    """Public names are imported when first used; `smc` and `resampling` are modules."""
     from importlib import import_module
 
     if name in _MODULES:

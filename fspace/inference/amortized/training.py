@@ -1,0 +1,278 @@
+"""Training an amortised model by minibatches: a bound on held-out rows says when to stop, the best state stays, and a
+checkpoint lets an interrupted run go on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import uuid
+import zipfile
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors.torch import load as read_tensors
+from safetensors.torch import save as write_tensors
+from torch import Tensor, nn
+
+from fspace.errors import DataError, ModelFileError, NumericalError, OptionError
+from fspace.interrupts import interrupts
+from fspace.progress import progress
+
+Rows: TypeAlias = tuple[Tensor, ...]  # tensors of one length: what row i is, is at [i] of each
+
+
+class Step(NamedTuple):
+    """A bound on the log evidence of every row [B] (nats, no gradient asked of it), and what to ascend: pairs of a
+    scalar and the parameters that follow its gradient."""
+
+    bound: Float[Tensor, " b"]
+    ascents: Sequence[tuple[Float[Tensor, ""], Sequence[nn.Parameter]]]
+
+
+class Trainable(nn.Module):
+    """A module that can be trained by `train`."""
+
+    @abstractmethod
+    def step(self, rows: Rows, generator: torch.Generator) -> Step:
+        """The objective on some rows."""
+
+    @abstractmethod
+    def score(self, rows: Rows, generator: torch.Generator) -> Float[Tensor, " b"]:
+        """The bound that held-out rows are judged by, of every row."""
+
+    def begin(self, rows: Rows) -> None:
+        """Called once with all training rows, before the first step."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train. patience: passes over the rows without a better held-out bound; held_out: share of the rows;
+    checkpoint: a file that is written after every pass, and gone on from where it is there."""
+
+    epochs: int = 200
+    batch_size: int = 100
+    learning_rate: float = 1e-3
+    patience: int = 20
+    held_out: float = 0.1
+    clip: float = 100.0  # largest norm of a gradient
+    seed: int = 0
+    progress: bool = True
+    checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "patience"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name}={getattr(self, name)!r} must be at least 1.")
+        for name in ("learning_rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise OptionError(f"{name}={getattr(self, name)!r} must be a positive number.")
+        if not 0 < self.held_out < 1:
+            raise OptionError(f"held_out={self.held_out!r} must be between 0 and 1.")
+
+
+def plan_of(options: dict[str, Any]) -> Plan:
+    """The plan of these options. Raises OptionError for one that there is not, or a value that makes no sense."""
+    known = [option.name for option in fields(Plan)]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise OptionError(f"{unknown[0]!r} is no option of `fit`; `fit` takes {', '.join(known)}.")
+    return Plan(**options)
+
+
+@dataclass
+class History:
+    """What happened in every pass: the mean bound of training and of held-out rows (nats). stopped: why it ended:
+    "patience", "epochs", "interrupted"."""
+
+    train: list[float] = field(default_factory=list)
+    held_out: list[float] = field(default_factory=list)
+    best_epoch: int = -1
+    stopped: str = ""
+
+
+def train(model: Trainable, rows: Rows, plan: Plan, judged: Rows | None = None) -> History:
+    """Train in place; the state with the best held-out bound stays. Ctrl-C ends between two steps with that state.
+
+    judged: rows to hold out (None: `plan.held_out` of the rows, at random).
+
+    Raises DataError for fewer than two rows, NumericalError where the bound is no number (the best state so far is
+    then in place), ModelFileError for a checkpoint of another run.
+    """
+    n = len(rows[0])
+    generator = torch.Generator(device=rows[0].device).manual_seed(plan.seed)
+    kept = rows
+    if judged is None:
+        if n < 2:
+            raise DataError(f"There must be at least 2 rows to train on and to hold out; there is {n}.")
+        order = torch.randperm(n, generator=generator, device=rows[0].device)
+        held = max(1, min(n - 1, round(plan.held_out * n)))
+        judged, kept = tuple(r[order[:held]] for r in rows), tuple(r[order[held:]] for r in rows)
+    model.begin(kept)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.Adam(parameters, plan.learning_rate)
+    run = _Run(model, optimiser, generator, plan, n)
+    run.resume()
+    try:
+        with interrupts() as held_back, progress("training", plan.progress) as tell:
+            while run.more():
+                run.history.train.append(_epoch(run, kept, parameters, held_back.check))
+                run.judge(judged)
+                tell(held_out=run.history.held_out[-1], done=len(run.history.train), total=plan.epochs)
+                run.keep()
+    except KeyboardInterrupt:
+        run.history.train = run.history.train[: len(run.history.held_out)]
+        run.history.stopped = "interrupted"
+    finally:
+        run.restore()
+        model.eval()
+    return run.history
+
+
+def hold_out(known: Bool[Tensor, " n"], plan: Plan) -> tuple[Int[Tensor, " k"], Int[Tensor, " h"]]:
+    """Positions of rows to train on, and of rows to hold out: at random, rows without a label (known: who has one)
+    before others, so that no label is lost where there are few. Raises DataError for fewer than two rows."""
+    n = len(known)
+    if n < 2:
+        raise DataError(f"There must be at least 2 rows to train on and to hold out; there is {n}.")
+    generator = torch.Generator(device=known.device).manual_seed(plan.seed)
+    order = torch.randperm(n, generator=generator, device=known.device)
+    order = order[known[order].long().argsort(stable=True)]
+    held = max(1, min(n - 1, round(plan.held_out * n)))
+    return order[held:], order[:held]
+
+
+def _epoch(run: _Run, rows: Rows, parameters: list[nn.Parameter], check: Any) -> float:
+    n, total = len(rows[0]), torch.zeros((), dtype=torch.float64, device=rows[0].device)
+    run.model.train()
+    order = torch.randperm(n, generator=run.generator, device=rows[0].device)
+    for picked in order.split(run.plan.batch_size):
+        check()
+        step = run.model.step(tuple(r[picked] for r in rows), run.generator)
+        run.optimiser.zero_grad(set_to_none=True)
+        for k, (ascent, own) in enumerate(step.ascents):
+            own = [p for p in own if p.requires_grad]
+            grads = torch.autograd.grad(
+                -ascent, own, retain_graph=k + 1 < len(step.ascents), allow_unused=True
+            )
+            for parameter, grad in zip(own, grads):
+                if grad is not None:
+                    parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+        torch.nn.utils.clip_grad_norm_(parameters, run.plan.clip)
+        run.optimiser.step()
+        total += step.bound.detach().to(torch.float64).sum()
+    return total.item() / n
+
+
+class _Run:
+    """What a run is made of, and how it is written down."""
+
+    def __init__(self, model: Trainable, optimiser: Any, generator: torch.Generator, plan: Plan, rows: int):
+        self.model, self.optimiser, self.generator, self.plan, self.rows = (
+            model, optimiser, generator, plan, rows,
+        )  # fmt: skip
+        self.history = History()
+        self.best = _copied(model.state_dict())
+
+    def more(self) -> bool:
+        done, best = len(self.history.train), self.history.best_epoch
+        if done >= self.plan.epochs:
+            self.history.stopped = "epochs"
+        elif done - 1 - best >= self.plan.patience:
+            self.history.stopped = "patience"
+        return not self.history.stopped
+
+    def judge(self, rows: Rows) -> None:
+        """The held-out bound, with the same random numbers every time."""
+        self.model.eval()
+        fixed = torch.Generator(device=rows[0].device).manual_seed(self.plan.seed)
+        with torch.no_grad():
+            parts = zip(*(r.split(self.plan.batch_size) for r in rows))
+            score = (
+                torch.cat([self.model.score(part, fixed) for part in parts]).to(torch.float64).mean().item()
+            )
+        if not math.isfinite(score):
+            raise NumericalError(
+                f"The held-out bound is {score} after pass {len(self.history.train)}. Lower the learning rate "
+                f"({self.plan.learning_rate:g}) or scale the data; the best state so far is kept."
+            )
+        best = self.history.best_epoch
+        if best < 0 or score > self.history.held_out[best]:
+            self.history.best_epoch, self.best = len(self.history.held_out), _copied(self.model.state_dict())
+        self.history.held_out.append(score)
+
+    def restore(self) -> None:
+        self.model.load_state_dict(self.best)
+
+    def _about(self) -> dict[str, Any]:
+        plan = asdict(self.plan) | {"epochs": None, "patience": None, "progress": None, "checkpoint": None}
+        return {"plan": plan, "rows": self.rows, "class": type(self.model).__name__}
+
+    def keep(self) -> None:
+        """Write the checkpoint, whole or not at all."""
+        if self.plan.checkpoint is None:
+            return
+        tensors = {f"now.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"best.{k}": v for k, v in self.best.items()}
+        for i, state in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{i}.{k}": v for k, v in state.items()}
+        tensors["generator"] = self.generator.get_state()
+        header = self._about() | {"history": asdict(self.history)}
+        path = Path(self.plan.checkpoint)
+        part = path.with_name(f".{uuid.uuid4().hex[:8]}.part")
+        try:
+            with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
+                archive.writestr("run.json", json.dumps(header))
+                archive.writestr(
+                    "run.safetensors",
+                    write_tensors({k: v.cpu().contiguous().clone() for k, v in tensors.items()}),
+                )
+            os.replace(part, path)
+        except OSError as error:
+            raise ModelFileError(f"checkpoint={str(path)!r} cannot be written: {error.strerror}.") from error
+        finally:
+            part.unlink(missing_ok=True)
+
+    def resume(self) -> None:
+        """Go on from the checkpoint, where there is one."""
+        if self.plan.checkpoint is None or not Path(self.plan.checkpoint).exists():
+            return
+        path = self.plan.checkpoint
+        try:
+            with zipfile.ZipFile(path) as archive:
+                header = json.loads(archive.read("run.json"))
+                tensors = read_tensors(archive.read("run.safetensors"))
+        except (
+            Exception
+        ) as error:  # zipfile, json and safetensors each raise their own kinds for damaged bytes
+            raise ModelFileError(f"checkpoint={path!r} is no checkpoint, or damaged ({error}).") from error
+        theirs = {k: header.get(k) for k in self._about()}
+        if theirs != self._about():
+            raise ModelFileError(
+                f"checkpoint={path!r} is of another run ({theirs}, this one: {self._about()}); name another file, or "
+                "remove it to start again."
+            )
+        part = lambda name: {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}  # noqa: E731
+        try:
+            self.model.load_state_dict(part("now."))
+            self.best = part("best.")
+            state = self.optimiser.state_dict()
+            for name, value in part("optimiser.").items():
+                i, _, key = name.partition(".")
+                state["state"].setdefault(int(i), {})[key] = value
+            self.optimiser.load_state_dict(state)
+            self.generator.set_state(tensors["generator"])
+            self.history = History(**header["history"])
+            self.history.stopped = ""
+        except (RuntimeError, LookupError, TypeError, ValueError) as error:
+            raise ModelFileError(f"checkpoint={path!r} does not fit this model: {error}") from error
+
+
+def _copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in state.items()}
