@@ -19,6 +19,7 @@ _WHERE = {
     "evaluate": ("LogLikelihood", "log_likelihood"),
     "pareto": ("pareto_k",),
     "ais": ("AnnealedEvidence", "annealed_importance"),
+    "smoothing": ("backward_simulation", "trajectories"),
     "model": ("AmortizedModel", "load"),
     "vae": ("VAE",),
     "semi_supervised": ("SemiSupervisedVAE",),
@@ -32,16 +33,17 @@ _WHERE = {
     "vae_kernel": ("VAEKernelGP",),
     "topics": ("TopicsOverTime",),
 }  # fmt: skip
+_MODULES = ("resampling", "smc")  # whose names are read with the module's: smc.filter
 _FILE = {name: file for file, names in _WHERE.items() for name in names}
-__all__ = sorted([*_FILE, "smc"])
+__all__ = sorted([*_FILE, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when first used; `smc` is a module, of particle filters."""
+    """Public names are imported when first used; `smc` and `resampling` are modules."""
     from importlib import import_module
 
-    if name == "smc":
-        return import_module(f"{__name__}.smc")
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     if name in _FILE:
         return getattr(import_module(f"{__name__}.{_FILE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -45,15 +45,14 @@ def annealed_importance(
     Raises OptionError for counts < 1 or a step size not above 0; DataError for discrete or several latents;
     NumericalError where a datum's weights are NaN or all zero. Sources: Neal (2001); Wu et al. (2017).
     """
-    for name, count in (("chains", chains), ("temperatures", temperatures), ("leapfrog", leapfrog)):
-        if count < 1:
-            raise OptionError(f"{name}={count} must be at least 1.")
+    for name, given in (("chains", chains), ("temperatures", temperatures), ("leapfrog", leapfrog)):
+        checks.count(given, name)
     if not 0 < step_size < math.inf:
         raise OptionError(f"step_size={step_size} must be a finite number above 0.")
     with torch.no_grad():
-        q = model.encode(x).stopped()
+        q = checks.asked("model.encode", model.encode, x, data=x).stopped()
     ladder = schedule(temperatures)
-    first = torch.full((len(x),), step_size, dtype=x.dtype, device=x.device)
+    first = torch.full((len(x),), step_size, dtype=torch.float64, device=x.device)
     _, _, sizes = _run(model, q, x, chains, ladder, leapfrog, [first], generator)
     log_weights, acceptance, _ = _run(model, q, x, chains, ladder, leapfrog, sizes, generator)
     checks.log_weights(log_weights)
@@ -87,7 +86,7 @@ def _run(
         )
     base, joint, slopes = _densities(model, q, x, z)
     weights, accepted = torch.zeros_like(base), torch.zeros_like(base[0])
-    used, size = [], sizes[0]
+    used, size = [], sizes[0].to(z.dtype)
     for t in range(1, len(ladder)):
         weights = weights + (ladder[t] - ladder[t - 1]) * (joint - base)
         size = size if tune else sizes[t - 1]
@@ -161,7 +160,17 @@ def _densities(
     """log q(z | x) and log p(x, z), each [K, B], and their gradients in z."""
     with torch.enable_grad():
         z = z.detach().requires_grad_()
-        base, joint = q.log_prob(z), model.log_joint(x, z)
+        base, joint = q.log_prob(z), checks.asked("model.log_joint", model.log_joint, x, z, data=x)
         checks.of_shape(joint, tuple(base.shape), "model.log_joint")
-        slopes = tuple(torch.autograd.grad(part.sum(), z)[0] for part in (base, joint))
-    return base.detach(), joint.detach(), (slopes[0], slopes[1])
+        slopes = _slope(base, z, "log q(z | x)"), _slope(joint, z, "log p(x, z)")
+    return base.detach(), joint.detach(), slopes
+
+
+def _slope(density: Tensor, z: Tensor, name: str) -> Tensor:
+    """Its gradient in z; DataError where it has none, as that of a discrete latent."""
+    found = torch.autograd.grad(density.sum(), z, allow_unused=True)[0] if density.requires_grad else None
+    if found is None:
+        raise DataError(
+            f"{name} has no gradient in z. annealed_importance needs real latents; HMC moves nothing else."
+        )
+    return found

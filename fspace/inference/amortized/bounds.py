@@ -109,7 +109,7 @@ def tvo(log_weights: Tensor, partition: Sequence[float]) -> Float[Tensor, " b"]:
     bound = elbo(log_weights) * steps[1]
     for beta, following in pairwise(steps[1:]):
         share = (beta * log_weights).softmax(0)
-        bound = bound + (following - beta) * torch.where(share > 0, share * log_weights, 0.0).sum(0)
+        bound = bound + (following - beta) * (share * torch.where(share > 0, log_weights, 0.0)).sum(0)
     return bound
 
 

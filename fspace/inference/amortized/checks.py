@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fspace.errors import DataError, NumericalError, OptionError
+from fspace.errors import DataError, FspaceError, NumericalError, OptionError
 
 _AXES = {2: "[samples, data]", 3: "[repeats, samples, data]"}
 
@@ -45,6 +48,8 @@ def log_weights(given: Tensor, dims: int = 2, positive: bool = False) -> None:
 
 def shaped(given: Tensor, dims: int = 2) -> None:
     """Raises DataError unless log-weights are floating point with dims axes, none empty."""
+    if not isinstance(given, Tensor):
+        raise DataError(f"log_weights must be a tensor {_AXES[dims]}, not {type(given).__name__}.")
     if given.ndim != dims:
         raise DataError(
             f"log_weights must be {_AXES[dims]}, data last; they have shape {tuple(given.shape)}."
@@ -85,6 +90,32 @@ def some(total: Tensor, datum: int, samples: int) -> None:
         )
 
 
+def count(given: Any, name: str) -> int:
+    """Raises OptionError unless a whole number, at least 1."""
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise OptionError(f"{name}={given!r} must be a whole number, at least 1.")
+    return given
+
+
+def asked(source: str, function: Callable[..., Any], *given: Any, data: Any = None) -> Any:
+    """What a function of the model says. Its ValueError, with which torch.distributions refuses NaN and what is outside
+    the support, becomes a DataError that names the function, and the first row of `data` that is not finite."""
+    try:
+        return function(*given)
+    except FspaceError:
+        raise
+    except ValueError as error:
+        where = ""
+        if isinstance(data, Tensor) and not bool(data.isfinite().all()):
+            where = (
+                f" Row {int((~data.isfinite()).flatten(1).any(1).nonzero()[0])} of the data is not finite."
+            )
+        raise DataError(
+            f"{source} refused its values.{where} Is a datum outside the support of the likelihood, or NaN? It said: "
+            f"{error}"
+        ) from error
+
+
 def several(given: Tensor, name: str) -> None:
     """Raises OptionError for one sample only, where the others are the baseline."""
     shaped(given)
@@ -100,8 +131,23 @@ def of_shape(given: Tensor, shape: tuple[int, ...], source: str) -> None:
         raise DataError(f"{source} has shape {list(given.shape)}; it must be {list(shape)}.")
 
 
+def same(proposal: Tensor, stopped: Tensor) -> None:
+    """Raises DataError where log q(z) and the same of the stopped proposal differ by more than rounding."""
+    far = (proposal - stopped).detach().abs() > 1e-3 * (
+        1 + proposal.detach().abs()
+    )  # NaN is for the bound to name
+    if bool(far.any()):
+        k, b = far.nonzero()[0].tolist()
+        raise DataError(
+            f"log q of sample {k} of datum {b} is {proposal[k, b].item():.6g}, but {stopped[k, b].item():.6g} from "
+            "`stopped()`: it must be the same distribution, and the same at every call. Is there dropout in a layer?"
+        )
+
+
 def temperature(given: float | Tensor) -> None:
     """Raises OptionError unless one number above 0: with one a row, densities would broadcast to [n, n]."""
+    if not isinstance(given, (int, float, Tensor)):
+        raise OptionError(f"temperature must be a number, not {type(given).__name__}.")
     if isinstance(given, Tensor) and given.numel() != 1:
         raise OptionError(
             f"temperature must be one number for all; it is a tensor of shape {tuple(given.shape)}."
@@ -109,6 +155,13 @@ def temperature(given: float | Tensor) -> None:
     value = given.item() if isinstance(given, Tensor) else given
     if not 0 < value < float("inf"):
         raise OptionError(f"temperature={value} must be a finite number above 0.")
+
+
+def logits(given: Tensor, fine: Tensor, what: str) -> None:
+    """Raises DataError for whole numbers, and for the first logits that are not fine."""
+    if not given.is_floating_point():
+        raise DataError(f"logits must be floating point, not {str(given.dtype).removeprefix('torch.')}.")
+    support(fine, given, "logits", what)
 
 
 def support(inside: Tensor, values: Tensor, name: str, what: str) -> None:

@@ -27,7 +27,8 @@ class Concrete:
     """Relaxed one-hot variables; a sample is the logarithm of a point of the simplex.
 
     Shapes: logits [B, ..., c]; temperature one number; samples [K, B, ..., c] with logsumexp 0 over the last axis.
-    The density is of the c - 1 log-ratios y_i - y_c. Raises OptionError for a temperature that is not above 0.
+    The density is of the c - 1 log-ratios y_i - y_c. Raises OptionError for a temperature that is not above 0,
+    DataError for logits that are not finite.
     Source: Maddison et al. (2017) (ExpConcrete).
     """
 
@@ -36,6 +37,7 @@ class Concrete:
 
     def __post_init__(self) -> None:
         checks.temperature(self.temperature)
+        checks.logits(self.logits, self.logits.isfinite(), "the logits of a relaxation are finite")
 
     def noise(self, samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Standard Gumbel noise [samples, B, ..., c]."""
@@ -51,10 +53,10 @@ class Concrete:
 
     def log_prob(self, z: Tensor) -> Float[Tensor, "k b"]:
         """Log density; DataError for what is no logarithm of a point of the simplex."""
-        checks.of_shape(z, (z.shape[0], *self.logits.shape), "z")
-        total = z.detach().logsumexp(-1)
+        checks.of_shape(z, (*z.shape[:1], *self.logits.shape), "z")
+        fine = z.isfinite().all(-1) & (z.detach().logsumexp(-1).abs() < 1e-3)
         checks.support(
-            total.abs() < 1e-3, z, "z", "a Concrete sample is the log of a point of the simplex, logsumexp 0"
+            fine, z, "z", "a Concrete sample is the finite log of a point of the simplex, logsumexp 0"
         )
         c = self.logits.shape[-1]
         score = self.logits - self.temperature * z
@@ -82,7 +84,8 @@ class Concrete:
 class BinaryConcrete:
     """Relaxed bits; a sample is a logit. Shapes: logits [B, ...]; temperature one number; samples [K, B, ...].
 
-    Raises OptionError for a temperature that is not above 0. Source: Maddison et al. (2017).
+    Raises OptionError for a temperature that is not above 0, DataError for logits that are not finite.
+    Source: Maddison et al. (2017).
     """
 
     logits: Float[Tensor, "b ..."]
@@ -90,6 +93,7 @@ class BinaryConcrete:
 
     def __post_init__(self) -> None:
         checks.temperature(self.temperature)
+        checks.logits(self.logits, self.logits.isfinite(), "the logits of a relaxation are finite")
 
     def noise(self, samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Standard logistic noise [samples, B, ...], the difference of two Gumbels."""
@@ -105,7 +109,7 @@ class BinaryConcrete:
 
     def log_prob(self, z: Tensor) -> Float[Tensor, "k b"]:
         """Log density of the logit; DataError for NaN or infinite values."""
-        checks.of_shape(z, (z.shape[0], *self.logits.shape), "z")
+        checks.of_shape(z, (*z.shape[:1], *self.logits.shape), "z")
         checks.support(z.isfinite(), z, "z", "a BinaryConcrete sample is a finite logit")
         gap = self.temperature * z - self.logits
         return over_latents(_log(self.temperature) - gap - 2.0 * F.softplus(-gap))
@@ -145,23 +149,23 @@ def relaxed_log_weights(
 
     log_likelihood(latents [K, B, ...]) -> [K, B] takes points of the simplex (numbers in [0, 1]) and one-hot rows
     (bits) alike. The temperatures of proposal and prior may differ. Any bound of bounds.py takes either tensor; the one
-    of `hard` is what the discrete model is worth. Raises OptionError for two kinds of relaxation, or samples < 1.
+    of `hard` is what the discrete model is worth. Raises OptionError for two kinds of relaxation, or samples < 1;
+    DataError for logits of the prior that do not fit, and what log_likelihood refuses.
     """
     if type(proposal) is not type(prior):
         raise OptionError(
             f"proposal is {type(proposal).__name__} and prior {type(prior).__name__}; both densities are of one sample."
         )
-    if samples < 1:
-        raise OptionError(f"samples={samples} must be at least 1.")
-    shape = (samples, proposal.logits.shape[0])
+    shape = (checks.count(samples, "samples"), proposal.logits.shape[0])
+    prior = _as_rows(prior, proposal)
     z = proposal.sample(samples, generator)
-    fit = log_likelihood(proposal.relaxed(z))
+    fit = checks.asked("log_likelihood of relaxed latents", log_likelihood, proposal.relaxed(z))
     checks.of_shape(fit, shape, "The value of log_likelihood")
-    relaxed = fit + _as_rows(prior, proposal).log_prob(z) - proposal.log_prob(z)
+    relaxed = fit + prior.log_prob(z) - proposal.log_prob(z)
     with torch.no_grad():
         b = proposal.hard(z)
-        hard = log_likelihood(b) + _as_rows(prior, proposal).discrete().log_prob(b)
-        return RelaxedAndHard(relaxed, hard - proposal.discrete().log_prob(b))
+        hard = checks.asked("log_likelihood of hard latents", log_likelihood, b)
+        return RelaxedAndHard(relaxed, hard + prior.discrete().log_prob(b) - proposal.discrete().log_prob(b))
 
 
 def straight_through(relaxed: Tensor, hard: Tensor) -> Tensor:
@@ -171,7 +175,7 @@ def straight_through(relaxed: Tensor, hard: Tensor) -> Tensor:
 
 
 def exponential_temperature(step: int, start: float = 1.0, end: float = 0.5, rate: float = 1e-4) -> float:
-    """start exp(-rate step), never below end. Source: Jang et al. (2017).. Raises OptionError."""
+    """start exp(-rate step), never below end. Source: Jang et al. (2017). Raises OptionError."""
     _schedule(step, start, end)
     if not rate >= 0:
         raise OptionError(f"rate={rate} must not be negative.")
@@ -201,6 +205,12 @@ def _as_rows(
     prior: Concrete | BinaryConcrete, proposal: Concrete | BinaryConcrete
 ) -> Concrete | BinaryConcrete:
     """The prior, one row of logits for all data where it has one only."""
+    if len(prior.logits) != 1:
+        checks.of_shape(prior.logits, tuple(proposal.logits.shape), "logits of the prior")
+    else:
+        checks.of_shape(
+            prior.logits[0], tuple(proposal.logits.shape[1:]), "the one row of the prior's logits"
+        )
     return type(prior)(prior.logits.expand_as(proposal.logits), prior.temperature)
 
 

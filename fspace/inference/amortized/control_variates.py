@@ -58,8 +58,10 @@ def couple_binary(logits: Tensor, u: Tensor, v: Tensor) -> Coupling:
     v' = u' + v (1 - u') where hard is 1, else v u'.
 
     Shapes: logits [B, ...]; u, v [K, B, ...] uniform and independent. The gradient flows through u', on which unbiased
-    estimates depend. Raises DataError for noise outside [0, 1]. Source: Tucker et al. (2017).
+    estimates depend. Raises DataError for noise outside [0, 1] and logits that are not finite.
+    Source: Tucker et al. (2017).
     """
+    checks.logits(logits, logits.isfinite(), "the logits of a coupling are finite")
     u, v = _open(u, logits, "u"), _open(v, logits, "v")
     z = logits + u.log() - torch.log1p(-u)
     hard = (z > 0).to(z.dtype)
@@ -75,9 +77,10 @@ def couple_binary(logits: Tensor, u: Tensor, v: Tensor) -> Coupling:
 def couple_categorical(logits: Tensor, u: Tensor, v: Tensor) -> Coupling:
     """Categories: z = log p + Gumbel(u), hard = one-hot argmax, and Gumbels given which of them is the greatest.
 
-    Shapes: logits [B, ..., c]; u, v [K, B, ..., c] uniform and independent. Raises DataError for noise outside [0, 1].
-    Source: Tucker et al. (2017).
+    Shapes: logits [B, ..., c]; u, v [K, B, ..., c] uniform and independent. Raises DataError for noise outside [0, 1]
+    and logits that are not finite. Source: Tucker et al. (2017).
     """
+    checks.logits(logits, logits.isfinite(), "the logits of a coupling are finite")
     u, v = _open(u, logits, "u"), _open(v, logits, "v")
     log_p = logits.log_softmax(-1)
     z = log_p - (-u.log()).log()
@@ -95,12 +98,17 @@ def relax(f: Objective, control: Objective, coupling: Coupling) -> ControlEstima
     """[f(b) - c(z~)] d log q(b) + d c(z) - d c(z~): unbiased for any control variate c(z [K, B, ...]) -> [B].
 
     The decoder climbs f at the hard samples. Parameters inside f are differentiated as usual; those of c are tuned by
-    `second_moment`. Raises OptionError where logits have no gradient. Source: Grathwohl et al. (2018).
+    `second_moment`. Raises OptionError where logits have no gradient; DataError for values of another shape
+    and for what f refuses. Source: Grathwohl et al. (2018).
     """
     logits = coupling.logits
-    if not logits.requires_grad:
-        raise OptionError("The logits of the coupling need a gradient: that is what is estimated.")
-    value, at_z, at_given = f(coupling.hard), control(coupling.z), control(coupling.z_given_hard)
+    if not (logits.requires_grad and coupling.log_prob.requires_grad and torch.is_grad_enabled()):
+        raise OptionError(
+            "The logits of the coupling need a gradient, for that is what is estimated; couple and estimate outside "
+            "torch.no_grad()."
+        )
+    value = checks.asked("f of hard latents", f, coupling.hard)
+    at_z, at_given = (checks.asked("control", control, z) for z in (coupling.z, coupling.z_given_hard))
     for source, found in (("f", value), ("control", at_z)):
         checks.of_shape(found, (logits.shape[0],), f"The value of {source}")
     checks.finite(value, "f at the hard samples of datum ")
@@ -139,7 +147,7 @@ def _softmax(z: Tensor) -> Tensor:
 
 def _open(noise: Tensor, logits: Tensor, name: str) -> Tensor:
     """Noise within the open interval: torch.rand gives 0 now and then."""
-    checks.of_shape(noise, (noise.shape[0], *logits.shape), name)
+    checks.of_shape(noise, (*noise.shape[:1], *logits.shape), name)
     checks.support((noise >= 0) & (noise <= 1), noise, name, "uniform noise lies in [0, 1]")
     info = torch.finfo(logits.dtype)
     return noise.to(logits.dtype).clamp(info.tiny, 1 - info.eps)

@@ -19,7 +19,7 @@ class LogLikelihood(NamedTuple):
     """What importance sampling says of each datum. Shapes: all [B], float64.
 
     log_likelihood   nats; its mean is a lower bound of log p(x) (IWAE with that many samples).
-    standard_error   of log_likelihood, by the delta method; too small where pareto_k is high.
+    standard_error   of log_likelihood, by the delta method; too small where pareto_k is high; NaN of one sample.
     ess              effective sample size, (sum w)^2 / sum w^2.
     pareto_k         shape of the tail of the weights: above 0.7 do not trust the estimate; NaN below 21 samples.
     """
@@ -41,11 +41,12 @@ def log_likelihood(
     """log p(x) of each row of x from `samples` latents of its own, at most `chunk` pairs of datum and latent at once.
 
     Weights are summed in float64 and never all held. The same generator and chunk give the same numbers.
-    Raises OptionError for samples or chunk < 1; NumericalError for a datum with NaN weights or none above zero.
+    Raises OptionError for samples or chunk < 1; NumericalError for a datum with NaN weights or none above zero;
+    DataError for what the model refuses.
     Source: Burda, Grosse and Salakhutdinov (2016).
     """
-    if samples < 1 or chunk < 1:
-        raise OptionError(f"samples={samples} and chunk={chunk} must be at least 1.")
+    checks.count(samples, "samples")
+    checks.count(chunk, "chunk")
     rows = min(len(x), math.isqrt(chunk))
     found = []
     for start in range(0, len(x), rows or 1):
@@ -60,7 +61,7 @@ def _one(
     model: LatentModel, x: Tensor, start: int, samples: int, at_once: int, generator: torch.Generator | None
 ) -> LogLikelihood:
     """All samples for a few rows, the encoder asked once."""
-    q: Proposal = model.encode(x)
+    q: Proposal = checks.asked("model.encode", model.encode, x, data=x)
     total = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
     squares, top = total.clone(), total[None, :].clone()[:0]
     keep = min(samples, tail_length(samples) + 1)
@@ -74,5 +75,7 @@ def _one(
     checks.some(total, start, samples)
     ess = (2 * total - squares).exp()
     error = (1 / ess - 1 / samples).clamp_min(0.0).sqrt()  # 1/ess: mean of w^2 over squared mean of w, over S
-    k = pareto_k(top, samples) if samples > 1 else torch.full_like(total, torch.nan)
-    return LogLikelihood(total - math.log(samples), error, ess, k)
+    unknown = torch.full_like(total, torch.nan)  # one sample says nothing of how far another would be
+    if samples == 1:
+        return LogLikelihood(total, unknown, ess, unknown)
+    return LogLikelihood(total - math.log(samples), error, ess, pareto_k(top, samples))

@@ -39,20 +39,40 @@ def backward(
 ) -> None:
     """Add to `.grad` what an optimiser that descends needs: minus the mean over data of each group's surrogate.
 
-    Raises OptionError for a parameter that is in both groups.
+    Raises OptionError for a parameter that is in both groups or asks for no gradient, and where a surrogate reaches
+    none of the parameters of its group, as that of `stl` and `dreg` with discrete latents.
     """
     theta, phi = list(decoder), list(encoder)
     if {id(p) for p in theta} & {id(p) for p in phi}:
         raise OptionError(
             "A parameter is in both groups; the decoder and the encoder climb different surrogates."
         )
+    _check(theta, estimate.decoder, "decoder")
+    _check(phi, estimate.encoder, "encoder")
     if estimate.decoder is estimate.encoder:
         torch.autograd.backward(-estimate.decoder.mean(), inputs=[*theta, *phi])
-        return
-    if theta:
-        torch.autograd.backward(-estimate.decoder.mean(), inputs=theta, retain_graph=bool(phi))
-    if phi:
-        torch.autograd.backward(-estimate.encoder.mean(), inputs=phi)
+    else:
+        if theta:
+            torch.autograd.backward(-estimate.decoder.mean(), inputs=theta, retain_graph=bool(phi))
+        if phi:
+            torch.autograd.backward(-estimate.encoder.mean(), inputs=phi)
+    for name, group in (("decoder", theta), ("encoder", phi)):
+        if group and all(p.grad is None for p in group):
+            raise OptionError(
+                f"The {name}'s surrogate depends on none of the {name}'s parameters. Are they another model's? "
+                "Discrete latents need an estimator of score.py or control_variates.py: others see no way through z."
+            )
+
+
+def _check(group: list[Tensor], surrogate: Tensor, name: str) -> None:
+    """Raises OptionError for a group that cannot have a gradient."""
+    held = [place for place, p in enumerate(group) if not p.requires_grad]
+    if held:
+        raise OptionError(
+            f"Tensor {held[0]} of the {name}'s parameters has requires_grad=False; leave it out of the group."
+        )
+    if group and not surrogate.requires_grad:
+        raise OptionError(f"The {name}'s surrogate has no gradient. Was it made under torch.no_grad()?")
 
 
 def pathwise(terms: LogTerms, bound: Callable[[Tensor], Tensor] = bounds.iwae) -> Estimate:

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fspace.errors import OptionError
 from fspace.inference.amortized import checks
 
 
@@ -81,14 +80,19 @@ def log_terms(
 ) -> LogTerms:
     """The terms of `samples` latents for each row of x.
 
-    Raises OptionError for samples < 1, DataError where the model's log densities are not [K, B].
+    Raises OptionError for samples < 1, DataError where the model's log densities are not [K, B], where it refuses x,
+    and where the proposal's density of the same z changes from call to call.
     """
-    shape = (_positive(samples), x.shape[0])
-    q = model.encode(x)
+    shape = (checks.count(samples, "samples"), x.shape[0])
+    q = checks.asked("model.encode", model.encode, x, data=x)
     z = q.sample(samples, generator)
-    terms = LogTerms(model.log_joint(x, z), q.log_prob(z), q.stopped().log_prob(z))
-    for source, term in zip(("model.log_joint", "log_prob of model.encode"), terms):
+    joint = checks.asked("model.log_joint", model.log_joint, x, z, data=x)
+    terms = LogTerms(joint, q.log_prob(z), q.stopped().log_prob(z))
+    for source, term in zip(
+        ("model.log_joint", "log_prob of model.encode", "log_prob of the stopped proposal"), terms
+    ):
         checks.of_shape(term, shape, source)
+    checks.same(terms.proposal, terms.stopped)
     return terms
 
 
@@ -99,7 +103,8 @@ def log_weights(
 
     Raises as log_terms does.
     """
-    return weights_of(model, x, model.encode(x), _positive(samples), generator)
+    q = checks.asked("model.encode", model.encode, x, data=x)
+    return weights_of(model, x, q, checks.count(samples, "samples"), generator)
 
 
 def weights_of(
@@ -107,13 +112,8 @@ def weights_of(
 ) -> Float[Tensor, "k b"]:
     """Log-weights of new draws from a proposal that is already there."""
     z = q.sample(samples, generator)
-    joint, proposal = model.log_joint(x, z), q.log_prob(z)
+    joint = checks.asked("model.log_joint", model.log_joint, x, z, data=x)
+    proposal = q.log_prob(z)
     checks.of_shape(joint, (samples, x.shape[0]), "model.log_joint")
     checks.of_shape(proposal, (samples, x.shape[0]), "log_prob of model.encode")
     return joint - proposal
-
-
-def _positive(samples: int) -> int:
-    if samples < 1:
-        raise OptionError(f"samples={samples} must be at least 1.")
-    return samples

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from fspace.errors import DataError, NumericalError, OptionError
 from fspace.inference.amortized.resampling import SCHEMES
@@ -26,10 +26,10 @@ def options(
     ):
         if value not in known:
             raise OptionError(f"{name}={value!r} does not exist; there are {', '.join(map(repr, known))}.")
-    if not 0 < threshold <= 1:
+    if not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
         raise OptionError(f"threshold={threshold!r} must be a share of the particles, above 0 and at most 1.")
-    if not 0 < temperature:
-        raise OptionError(f"temperature={temperature!r} must be above 0.")
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
+        raise OptionError(f"temperature={temperature!r} must be a finite number above 0.")
     if ancestor_grad is not None and resampling != "multinomial":
         raise OptionError(
             f"ancestor_grad={ancestor_grad!r} needs resampling='multinomial', not {resampling!r}: only there the "
@@ -85,10 +85,41 @@ def noise(given: Any, steps: int, particles: int, series: int) -> None:
             )
 
 
-def shaped(name: str, given: Tensor, shape: tuple[int, ...]) -> None:
-    """Raises DataError for a tensor of another shape."""
+def numbers(name: str, given: Any, shape: tuple[int, ...], below: float = float("inf")) -> None:
+    """Raises DataError for what is no tensor of that shape, or holds NaN, an infinity or what is not in [0, below)."""
+    if not isinstance(given, Tensor):
+        raise DataError(f"{name} must be a tensor of shape {shape}, not {type(given).__name__}.")
     if given.shape != shape:
         raise DataError(f"{name} has shape {tuple(given.shape)}; it must be {shape}.")
+    fine = given.isfinite() if below == float("inf") else (given >= 0) & (given < below)
+    if not bool(fine.all()):
+        place = (~fine).nonzero()[0].tolist()
+        must = "must be finite" if below == float("inf") else f"must lie in [0, {below:g})"
+        raise DataError(f"{name}{place} is {given[tuple(place)].item():g}; it {must}.")
+
+
+def refused(error: ValueError, t: int, observation: Any) -> DataError:
+    """What a ValueError of init, step or twist becomes: torch.distributions has one for NaN and for what is outside the
+    support. Names the step, and the first series whose observation is not finite."""
+    where = ""
+    for leaf in tree_leaves(observation):
+        wrong = ~leaf.isfinite().reshape(len(leaf), -1).all(1)
+        if not where and bool(wrong.any()):
+            where = f" The observation of series {int(wrong.nonzero()[0])} is not finite."
+    return DataError(
+        f"{_source('step', t)} of the model refused its values.{where} Is an observation outside the support of the "
+        f"likelihood, or NaN? It said: {error}"
+    )
+
+
+def alike(state: Any, before: Any, t: int) -> None:
+    """Raises OptionError where a state has not the form of the one before: a series that has ended keeps the latter."""
+    forms = [(form, [leaf.shape for leaf in leaves]) for leaves, form in map(tree_flatten, (state, before))]
+    if forms[0] != forms[1]:
+        raise OptionError(
+            f"step (t = {t}) returned a state of another form than the one it was given. In a batch of series of "
+            "different lengths it must keep its keys and shapes, for a series that has ended keeps its last state."
+        )
 
 
 def answer(found: Any, t: int, particles: int, series: int) -> tuple[Any, Tensor]:

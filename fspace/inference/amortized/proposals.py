@@ -73,7 +73,7 @@ class DiagonalGaussian:
 
     def log_prob(self, z: Tensor) -> Float[Tensor, "k b"]:
         """Log density in nats."""
-        checks.of_shape(z, (z.shape[0], *self.mean.shape), "z")
+        checks.of_shape(z, (*z.shape[:1], *self.mean.shape), "z")
         scaled = (z - self.mean) / self.std
         return over_latents(-0.5 * (scaled.square() + math.log(2 * math.pi)) - self.std.log())
 
@@ -84,9 +84,15 @@ class DiagonalGaussian:
 
 @dataclass(frozen=True)
 class Bernoulli:
-    """Independent bits. Shapes: logits [B, ...]; z [K, B, ...], zeros and ones without gradient."""
+    """Independent bits. Shapes: logits [B, ...]; z [K, B, ...], zeros and ones without gradient.
+
+    Raises DataError for NaN.
+    """
 
     logits: Float[Tensor, "b ..."]
+
+    def __post_init__(self) -> None:
+        checks.logits(self.logits, ~self.logits.isnan(), "the logit of a bit is a number, or infinite")
 
     def sample(self, samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Bits [samples, B, ...]."""
@@ -95,7 +101,7 @@ class Bernoulli:
 
     def log_prob(self, z: Tensor) -> Float[Tensor, "k b"]:
         """Log mass; DataError for what is neither 0 nor 1."""
-        checks.of_shape(z, (z.shape[0], *self.logits.shape), "z")
+        checks.of_shape(z, (*z.shape[:1], *self.logits.shape), "z")
         checks.support((z == 0) | (z == 1), z, "z", "a bit is 0 or 1")
         return over_latents(F.logsigmoid(torch.where(z == 1, self.logits, -self.logits)))
 
@@ -106,9 +112,16 @@ class Bernoulli:
 
 @dataclass(frozen=True)
 class Categorical:
-    """Independent categories. Shapes: logits [B, ..., c]; z [K, B, ..., c] one-hot, without gradient."""
+    """Independent categories. Shapes: logits [B, ..., c]; z [K, B, ..., c] one-hot, without gradient.
+
+    A logit of -inf is a category that never comes. Raises DataError for NaN, +inf, and a row that is -inf throughout.
+    """
 
     logits: Float[Tensor, "b ... c"]
+
+    def __post_init__(self) -> None:
+        fine = self.logits.amax(-1).isfinite()  # NaN and +inf win
+        checks.logits(self.logits, fine, "a row needs a finite logit, and none that is NaN or +inf")
 
     def sample(self, samples: int, generator: torch.Generator | None = None) -> Tensor:
         """One-hot draws [samples, B, ..., c]."""
@@ -116,7 +129,7 @@ class Categorical:
 
     def log_prob(self, z: Tensor) -> Float[Tensor, "k b"]:
         """Log mass; DataError for what is not one-hot."""
-        checks.of_shape(z, (z.shape[0], *self.logits.shape), "z")
+        checks.of_shape(z, (*z.shape[:1], *self.logits.shape), "z")
         hot = ((z == 0) | (z == 1)).all(-1) & (z.sum(-1) == 1)
         checks.support(hot, z, "z", "a category is a one-hot row")
         log_p = self.logits.log_softmax(-1)
@@ -147,7 +160,7 @@ class Chain:
         rows = z.flatten(0, 1)
         if self.context is None:
             return layer(rows)
-        return layer(rows, self.context.expand(z.shape[0], *self.context.shape).flatten(0, 1))
+        return layer(rows, self.context.expand(*z.shape[:1], *self.context.shape).flatten(0, 1))
 
     def sample(self, samples: int, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
         """One tensor [samples, B, ...] a layer."""

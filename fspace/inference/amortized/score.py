@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fspace.errors import DataError
 from fspace.inference.amortized import bounds, checks
 from fspace.inference.amortized.gradients import Estimate, weighted
 from fspace.inference.amortized.latent import LogTerms
@@ -22,6 +23,7 @@ def reinforce(terms: LogTerms, baseline: Tensor | None = None) -> Estimate:
     signal = value.detach()
     if baseline is not None:
         checks.of_shape(baseline, tuple(value.shape), "baseline")
+        checks.finite(baseline, "baseline")
         signal = signal - baseline.detach()
     share = terms.weights.detach().softmax(0)
     return Estimate(value.detach(), value, ((signal - share) * terms.score).sum(0))
@@ -77,11 +79,16 @@ def wake_wake(terms: LogTerms) -> Estimate:
     return Estimate(value.detach(), value, weighted(terms.weights.detach().softmax(0), terms.score))
 
 
-def wake_sleep(terms: LogTerms, dreams: Float[Tensor, " s"]) -> Estimate:
+def wake_sleep(terms: LogTerms, dreams: Tensor) -> Estimate:
     """As wake_wake, but the encoder learns from dreams: log q(z' | x') [S] of pairs drawn from the decoder's own joint.
 
-    (z', x') must be held constant. Source: Hinton et al. (1995); Bornschein and Bengio (2015).
+    (z', x') must be held constant. Raises DataError for dreams of another shape, NumericalError for one that is not
+    finite. Source: Hinton et al. (1995); Bornschein and Bengio (2015).
     """
     value = bounds.iwae(terms.weights)
-    checks.log_weights(dreams[:, None].detach(), positive=True)
+    if dreams.ndim != 1 or not len(dreams):
+        raise DataError(
+            f"dreams must be log q of one pair or more, [S]; they have shape {tuple(dreams.shape)}."
+        )
+    checks.finite(dreams, "dreams")
     return Estimate(value.detach(), value, dreams.mean().expand_as(value))

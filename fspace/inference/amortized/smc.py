@@ -23,10 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from fspace.errors import OptionError
+from fspace.errors import FspaceError, OptionError
 from fspace.inference.amortized import particle_checks as checks
 from fspace.inference.amortized.resampling import SCHEMES, relaxed
 
@@ -113,9 +112,10 @@ def filter(
     uniforms are resampling's random numbers, [T, 1, B] for "systematic", [T, N, B] for the others, [T, N, N, B] for
     relaxed ancestors; drawn from `generator` (on the observations' device) where not given. compiled=True puts each
     step, the model's and the filter's, through torch.compile, anew for every `step` object and shape.
-    Weights are float64; gradients are of first order. Raises DataError for lengths, observations or noise that do not
-    fit, OptionError for an option and for what init, step or twist return, NumericalError where a series' weights are
-    NaN, +inf or all -inf, naming series and step.
+    Weights are float64. Second derivatives of log_evidence are right where ancestors stay; those of a score surrogate
+    mean nothing. Raises DataError for lengths, observations or noise that do not fit and for what the model's
+    distributions refuse, naming the step; OptionError for an option and for what init, step or twist return;
+    NumericalError where a series' weights are NaN, +inf or all -inf, naming series and step.
     Sources: Maddison et al. 2017 (Filtering Variational Objectives); Lawson et al. 2022 (SIXO).
     """
     checks.options(particles, resampling, criterion, threshold, ancestor_grad, temperature)
@@ -136,10 +136,11 @@ def filter(
         shape = (steps, *(each_step if ancestor_grad != "relaxed" else (particles, particles)), series)
         if uniforms is None:
             uniforms = torch.rand(shape, dtype=torch.float64, generator=generator, device=device)
-        checks.shaped("uniforms", uniforms, shape)
+        else:
+            checks.numbers("uniforms", uniforms, shape, below=1.0)
         numbers = uniforms.unbind()
     if baseline is not None:
-        checks.shaped("baseline", baseline, (steps, series))
+        checks.numbers("baseline", baseline, (steps, series))
 
     plan = _Plan(
         step, twist, particles, series, resampling, criterion, limit, ancestor_grad, temperature,
@@ -151,13 +152,18 @@ def filter(
     trace: list[_Step] = []
     for t, (observation, random) in enumerate(zip(_by_step(observations, steps), _by_step(noise, steps))):
         given = (observation, random, alive[t], inner[t], numbers[t])
-        if t:
-            carried, done = advance(plan, carried, t, *given)
-            if not history:
-                trace[-1] = trace[-1]._replace(state=None)
-        else:
-            state, increment = checks.answer(init(particles, observation, random), 0, particles, series)
-            carried, done = _weigh(plan, carried, 0, state, increment, *given[3:])
+        try:
+            if t:
+                carried, done = advance(plan, carried, t, *given)
+            else:
+                state, increment = checks.answer(init(particles, observation, random), 0, particles, series)
+                carried, done = _weigh(plan, carried, 0, state, increment, *given[3:])
+        except FspaceError:
+            raise
+        except ValueError as error:
+            raise checks.refused(error, t, observation) from error
+        if t and not history:
+            trace[-1] = trace[-1]._replace(state=None)
         trace.append(done)
 
     kept = _Step(*map(list, zip(*trace)))
@@ -232,6 +238,7 @@ def _advance(
     answer = plan.step(before.state, observation, t, random)
     state, increment = checks.answer(answer, t, plan.particles, plan.series)
     if alive is not None:  # a series that has ended stands still
+        checks.alike(state, before.state, t)
         state = each(lambda new, old: torch.where(against(alive, new), new, old), state, before.state)
         increment = torch.where(alive, increment, 0.0)
     return _weigh(plan, before, t, state, increment, inner, numbers)
@@ -293,17 +300,31 @@ class _LogEvidence(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, ctx.closed, ctx.masses, ctx.totals, *increments = inputs
-        ctx.dtypes = [increment.dtype for increment in increments]
+        ctx.save_for_backward(*increments)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        share = torch.zeros_like(ctx.masses[0])
+        increments, masses, totals = ctx.saved_tensors, ctx.masses, ctx.totals
+        if (
+            torch.is_grad_enabled()
+        ):  # second derivatives are wanted: weights must be functions of the increments
+            masses, totals = _weights(increments, ctx.closed), [1.0] * len(masses)
+        share = torch.zeros_like(masses[0])
         found = []
-        for closed, mass, total, dtype in reversed(list(zip(ctx.closed, ctx.masses, ctx.totals, ctx.dtypes))):
+        for closed, mass, total, increment in reversed(list(zip(ctx.closed, masses, totals, increments))):
             share = torch.where(closed, mass * (grad / total), share)
-            found.append(share.to(dtype))
+            found.append(share.to(increment.dtype))
         return None, None, None, None, *reversed(found)
+
+
+def _weights(increments: Sequence[Tensor], closed: Bool[Tensor, "t b"]) -> list[Tensor]:
+    """Normalised weights [N, B] of each step: summed increments, anew after each account that is closed."""
+    log_weight, found = torch.zeros_like(increments[0], dtype=torch.float64), []
+    for increment, ends in zip(increments, closed):
+        log_weight = log_weight + increment
+        found.append(log_weight.softmax(0))
+        log_weight = torch.where(ends, 0.0, log_weight)
+    return found
 
 
 def gather(leaf: Tensor, index: Int[Tensor, "m b"]) -> Tensor:

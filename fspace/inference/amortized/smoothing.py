@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fspace.errors import NumericalError, OptionError
+from fspace.inference.amortized.checks import asked, count
 from fspace.inference.amortized.resampling import inverse_cdf
 from fspace.inference.amortized.smc import Filtered, each, gather
 
@@ -50,8 +51,7 @@ def backward_simulation(
     Source: Godsill, Doucet and West 2004.
     """
     _check_history(filtered)
-    if paths < 1:
-        raise OptionError(f"paths={paths} must be at least 1.")
+    count(paths, "paths")
     steps = len(filtered.states)
     particles, series = filtered.log_weights_by_step[0].shape
     device = filtered.lengths.device
@@ -61,9 +61,8 @@ def backward_simulation(
     possible = []
     for t in range(steps - 1, 0, -1):
         state, log_weight = filtered.states[t - 1], filtered.log_weights_by_step[t - 1]
-        density = log_transition(
-            each(lambda leaf: leaf[:, None], state), each(lambda leaf: leaf[None], path[-1]), t
-        )
+        before, after = each(lambda leaf: leaf[:, None], state), each(lambda leaf: leaf[None], path[-1])
+        density = asked(f"log_transition (t = {t})", log_transition, before, after, t)
         if not isinstance(density, Tensor) or density.shape != (particles, paths, series):
             found = list(density.shape) if isinstance(density, Tensor) else type(density).__name__
             raise OptionError(

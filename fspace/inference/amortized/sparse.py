@@ -19,10 +19,12 @@ from fspace.inference.amortized import checks
 def sparse_probabilities(logits: Float[Tensor, "*b c"], alpha: float = 1.5) -> Float[Tensor, "*b c"]:
     """alpha-entmax of the last axis: 1 is softmax, 2 sparsemax; above 1 unlikely categories get exactly 0.
 
-    Raises OptionError for alpha < 1 or without the package entmax. Source: Peters, Niculae and Martins (2019).
+    Raises OptionError for alpha < 1 or without the package entmax, DataError for logits that are not finite.
+    Source: Peters, Niculae and Martins (2019).
     """
     if not 1 <= alpha < float("inf"):
         raise OptionError(f"alpha={alpha} must be a finite number, at least 1: 1 is softmax, 2 sparsemax.")
+    checks.logits(logits, logits.isfinite(), "they are finite")
     try:
         import entmax
     except ImportError as error:
@@ -44,10 +46,14 @@ def sparse_elbo(
     log_joint(rows [S], categories [S]) -> [S] is called once, with every pair that has mass. Raises DataError for rows
     that do not sum to one. Source: Correia et al. (2020).
     """
+    if probabilities.ndim != 2:
+        raise DataError(
+            f"probabilities must be [data, categories]; they have shape {tuple(probabilities.shape)}."
+        )
     fine = (probabilities >= 0).all(-1) & ((probabilities.sum(-1) - 1).abs() < 1e-3)
     checks.support(fine, probabilities, "probabilities", "a row is not negative and sums to one")
     rows, categories = (probabilities.detach() > 0).nonzero(as_tuple=True)
-    joint = log_joint(rows, categories)
+    joint = checks.asked("log_joint", log_joint, rows, categories)
     checks.of_shape(joint, tuple(rows.shape), "The value of log_joint")
     if bool(joint.isnan().any()):
         s = int(joint.isnan().nonzero()[0])

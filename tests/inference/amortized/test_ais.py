@@ -1,13 +1,21 @@
 """Annealed importance sampling: unbiased, against known evidence and a density that is not Gaussian."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.distributions import Normal
+from torch.distributions import Normal, Poisson
 
 from fspace.errors import DataError, NumericalError, OptionError
-from fspace.inference.amortized import DiagonalGaussian, ais, annealed_importance, log_likelihood
+from fspace.inference.amortized import (
+    Bernoulli,
+    Categorical,
+    DiagonalGaussian,
+    ais,
+    annealed_importance,
+    log_likelihood,
+)
 
 
 def seeded(seed=0):
@@ -128,6 +136,13 @@ def test_refusals(ppca):
 
     with pytest.raises(DataError, match="one real latent"):
         annealed_importance(Bits(), x, 4, 3)
+    for kind in (Bernoulli, Categorical):
+        bits = SimpleNamespace(
+            encode=lambda x, kind=kind: kind(torch.zeros(3, 2, requires_grad=True)),
+            log_joint=lambda x, z: -(z.sum(-1) - x[:, 0]).square(),
+        )
+        with pytest.raises(DataError, match=r"log q\(z \| x\) has no gradient in z"):
+            annealed_importance(bits, x, 4, 3)
 
 
 def test_float32_and_devices(ppca, device):
@@ -136,3 +151,24 @@ def test_float32_and_devices(ppca, device):
     run = annealed_importance(model, x, 64, 40, generator=torch.Generator(device=device).manual_seed(0))
     assert run.log_evidence.dtype == torch.float32 and run.log_evidence.device.type == device.type
     assert (run.log_evidence - model.model.evidence(x)).abs().max() < 0.5
+
+
+def test_data_that_are_whole_numbers(ppca):
+    """Counts as int64: chains move as they do for the same numbers as floats."""
+
+    class Counts(Prior):
+        def encode(self, x):
+            return super().encode(x.double())
+
+        def log_joint(self, x, z):
+            return Poisson((z[..., 0] + 1).exp()).log_prob(x[:, 0].to(z)) + Normal(0.0, 1.0).log_prob(z).sum(
+                -1
+            )
+
+    model = Counts(ppca())
+    x = torch.tensor([[2], [9], [0]])
+    whole, real = (annealed_importance(model, given, 8, 20, generator=seeded()) for given in (x, x.double()))
+    assert torch.equal(whole.log_weights, real.log_weights)
+    z = torch.linspace(-10, 10, 4001, dtype=torch.float64)[:, None, None].expand(-1, 3, 2)
+    exact = (model.log_joint(x, z) - Normal(0.0, 1.0).log_prob(z[..., 1])).logsumexp(0) + math.log(20 / 4000)
+    assert (whole.log_evidence - exact).abs().max() < 0.5

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -207,6 +209,10 @@ def test_a_few_weights_of_zero_are_no_error(lw):
     assert elbo(lw)[1] == -math.inf  # which is its value
     torch.testing.assert_close(ciwae(lw, 0.0), iwae(lw))
     assert elbo(lw)[[0, 2, 3]].isfinite().all()
+    for name, bound in FLAT.items():
+        if name != "renyi of 2":  # whose value is all that of the weight of zero
+            leaf = lw.clone().requires_grad_()
+            assert torch.autograd.grad(bound(leaf).sum(), leaf)[0].isfinite().all(), name
 
 
 def test_bad_weights_of_repeats_are_named(lw):
@@ -267,6 +273,12 @@ def test_public_names_are_there():
     for name in amortized.__all__:
         assert getattr(amortized, name) is not None
     assert set(amortized.__all__) == set(dir(amortized))
+    found = subprocess.run(  # in a process of its own, where no other import has brought the module in
+        [sys.executable, "-c", "import fspace.inference.amortized as a; print(a.smc.filter.__name__)"],
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout.strip() == "filter", found.stderr
     with pytest.raises(AttributeError):
         amortized.nonsense  # noqa: B018
 

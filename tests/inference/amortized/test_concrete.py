@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from scipy.stats import chisquare
+from torch.distributions import Bernoulli
 from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
 from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
 from torch.nn import functional as F
@@ -114,6 +115,18 @@ def test_finite_at_the_extremes(kind, device):
     assert logits.grad.isfinite().all()
     reference = kind(logits.detach().cpu().double(), 0.05).log_prob(y.detach().cpu().double())
     assert (density.detach().cpu().double() - reference).abs().max() < 1e-3 * reference.abs().max()
+
+
+@pytest.mark.parametrize("kind", [Concrete, BinaryConcrete])
+def test_temperatures_so_low_that_samples_overflow_are_refused(kind):
+    """Down to 1e-30 a float32 sample of logits of 20 is finite and its density that of float64; below it overflows."""
+    q = kind(torch.tensor([[20.0, -20.0, 1.0]]), 1e-30)
+    y = q.sample(100, seeded())
+    reference = kind(q.logits.double(), 1e-30).log_prob(y.double())
+    torch.testing.assert_close(q.log_prob(y).double(), reference, rtol=1e-5, atol=1e-3)
+    cold = kind(q.logits, 1e-40)
+    with pytest.raises(DataError, match="finite"):
+        cold.log_prob(cold.sample(3, seeded()))
 
 
 def prior_and_posterior(kind, temperature):
@@ -227,6 +240,17 @@ def test_refusals(kind):
     outside = torch.full((2, 1, 4), math.nan, dtype=torch.float64)
     with pytest.raises(DataError, match="outside the support"):
         q.log_prob(outside)
+    with pytest.raises(DataError, match="outside the support"):
+        q.log_prob(torch.tensor([[[-math.inf, -math.inf, -math.inf, 0.0]]], dtype=torch.float64))
+    for wrong in (math.nan, math.inf, -math.inf):
+        with pytest.raises(DataError, match=r"logits\[0, 1\].*logits of a relaxation are finite"):
+            kind(torch.tensor([[0.0, wrong]]), 0.5)
+    with pytest.raises(DataError, match=r"logits of the prior has shape \[2, 4\]; it must be \[3, 4\]"):
+        relaxed_log_weights(kind(LOGITS.expand(3, 4), 0.5), kind(LOGITS.expand(2, 4), 0.5), torch.sum, 2)
+    with pytest.raises(DataError, match=r"one row of the prior's logits has shape \[3\]; it must be \[4\]"):
+        relaxed_log_weights(kind(LOGITS.expand(3, 4), 0.5), kind(LOGITS[:, :3], 0.5), torch.sum, 2)
+    with pytest.raises(DataError, match="log_likelihood of relaxed latents refused its values.*Bernoulli"):
+        relaxed_log_weights(q, q, lambda b: Bernoulli(probs=b.sum(-1) + 2).log_prob(b.sum(-1)), 2)
     other = BinaryConcrete if kind is Concrete else Concrete
     with pytest.raises(OptionError, match="both densities are of one sample"):
         relaxed_log_weights(q, other(LOGITS, 0.5), lambda b: b.sum(-1), 2)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.distributions import Poisson
 from torch.nn import functional as F
 
 from fspace.errors import DataError, NumericalError, OptionError
@@ -264,6 +265,22 @@ def test_refusals():
         relax(lambda b: torch.where(torch.arange(4) == 2, math.nan, f(b)), f, coupling)
     with pytest.raises(OptionError, match="need a gradient"):
         rebar(f, couple_binary(logits.detach(), u, v), 0.5)
+    with torch.no_grad():
+        blind = couple_binary(logits, u, v)
+        with pytest.raises(OptionError, match="outside torch.no_grad"):
+            rebar(f, coupling, 0.5)
+    with pytest.raises(
+        OptionError, match="outside torch.no_grad"
+    ):  # logits ask for a gradient, the coupling has none
+        rebar(f, blind, 0.5)
+    for couple in COUPLE.values():
+        for wrong in (math.nan, math.inf, -math.inf):
+            with pytest.raises(DataError, match=r"logits\[2, 0\].*logits of a coupling are finite"):
+                couple(torch.where(torch.arange(4)[:, None] == 2, wrong, logits), u, v)
+    with pytest.raises(DataError, match=r"u has shape \[\]"):
+        couple_binary(logits, u[0, 0, 0], v)
+    with pytest.raises(DataError, match="f of hard latents refused its values"):
+        rebar(lambda b: Poisson(1.0).log_prob(b - 2).sum((0, -1)), coupling, 0.5)
 
 
 def test_float32_and_devices(device):

@@ -138,3 +138,9 @@ def test_agrees_with_log_weights(ppca, device):
         0
     ) - math.log(2000)
     assert (found.log_likelihood - direct).abs().max() < 6 * found.standard_error.max()
+
+
+def test_one_sample_says_nothing_of_its_error(ppca):
+    found = log_likelihood(ppca(off=0.1), ppca().data(3), 1)
+    assert found.log_likelihood.isfinite().all() and (found.ess == 1).all()
+    assert found.standard_error.isnan().all() and found.pareto_k.isnan().all()

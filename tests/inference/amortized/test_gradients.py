@@ -7,24 +7,29 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Normal
+from torch.distributions import Normal, Poisson
 
 from fspace.errors import DataError, OptionError
 from fspace.inference.amortized import (
+    Bernoulli,
     Chain,
     DiagonalGaussian,
     Estimate,
     LatentModel,
     LogTerms,
     Proposal,
+    annealed_importance,
     backward,
     dreg,
     elbo,
     iwae,
+    log_likelihood,
     log_terms,
+    log_weights,
     pathwise,
     renyi,
     stl,
+    vimco,
 )
 
 
@@ -265,6 +270,88 @@ def test_backward_of_one_group_only(ppca):
     assert model.W.grad is not None
     with pytest.raises(OptionError, match="in both groups"):
         backward(dreg(log_terms(model, model.data(3), 5)), model.decoder, model.decoder)
+
+
+def test_backward_refuses_what_would_train_nothing(ppca):
+    model = ppca(off=0.2)
+    with torch.no_grad():
+        blind = dreg(log_terms(model, model.data(3), 5))
+    with pytest.raises(
+        OptionError, match=r"decoder's surrogate has no gradient. Was it made under torch.no_grad"
+    ):
+        backward(blind, model.decoder, model.encoder)
+    with pytest.raises(OptionError, match="Tensor 1 of the encoder's parameters has requires_grad=False"):
+        backward(dreg(log_terms(model, model.data(3), 5)), [], [model.A, model.b.detach()])
+    with pytest.raises(OptionError, match="encoder's surrogate depends on none of the encoder's parameters"):
+        backward(dreg(log_terms(model, model.data(3), 5)), [], ppca().encoder)
+    p = torch.zeros(2, requires_grad=True)  # one of several that is not used is no error
+    backward(dreg(log_terms(model, model.data(3), 5)), [], [*model.encoder, p])
+    assert p.grad is None and model.A.grad is not None
+
+
+def test_reparameterised_estimators_refuse_discrete_latents():
+    """They would leave the encoder where it is, without a word."""
+    logits, theta = torch.zeros(3, 2, requires_grad=True), torch.ones(2, requires_grad=True)
+
+    class Bits:
+        def encode(self, x):
+            return Bernoulli(logits)
+
+        def log_joint(self, x, z):
+            return -(x[:, 0] - (z * theta).sum(-1)).square()
+
+    for estimator in (stl, dreg):
+        with pytest.raises(OptionError, match="Discrete latents need an estimator of score.py"):
+            backward(estimator(log_terms(Bits(), torch.ones(3, 1), 4)), [theta], [logits])
+    backward(vimco(log_terms(Bits(), torch.ones(3, 1), 4)), [theta], [logits])
+    assert logits.grad.abs().sum() > 0
+
+
+def test_a_proposal_that_is_another_at_every_call_is_refused():
+    """Dropout in a layer of a Chain: the density would not be that which z was drawn from."""
+
+    class Dropped(Affine):
+        def forward(self, z, x):
+            return super().forward(nn.functional.dropout(z, 0.5, self.training), x)
+
+    model, x = TwoLayers(off=0.1), torch.ones(50, 1, dtype=torch.float64)
+    model.second = Dropped(0.3, 0.1, 0.5)
+    with pytest.raises(DataError, match=r"log q of sample \d of datum \d+ is .* Is there dropout in a layer"):
+        log_terms(model, x, 4)
+    model.second.eval()
+    assert dreg(log_terms(model, x, 4)).bound.isfinite().all()
+
+
+def test_a_model_whose_distributions_refuse_the_data_is_named(ppca):
+    """torch.distributions raises ValueError; it becomes a DataError that says whose, wherever the model is asked."""
+
+    class Counts(ppca):
+        def encode(self, x):
+            return super().encode(x.nan_to_num())
+
+        def log_joint(self, x, z):
+            fit = Poisson((z @ self.W.T).exp()).log_prob(x)
+            return fit.sum(-1) + Normal(0.0, 1.0).log_prob(z).sum(-1)
+
+    model = Counts(off=0.1)
+    x = torch.ones(4, 5, dtype=torch.float64)
+    assert iwae(log_terms(model, x, 3).weights).isfinite().all()
+    calls = (
+        lambda: log_terms(model, x, 3),
+        lambda: log_weights(model, x, 3),
+        lambda: log_likelihood(model, x, 3),
+        lambda: annealed_importance(model, x, 3, 2, 2),
+    )
+    x[2, 1] = -1.0
+    for call in calls:
+        with pytest.raises(
+            DataError, match="model.log_joint refused its values. Is a datum outside .* Poisson"
+        ):
+            call()
+    x[2, 1] = math.nan
+    for call in calls:
+        with pytest.raises(DataError, match="Row 2 of the data is not finite"):
+            call()
 
 
 def test_ascent_with_dreg_reaches_the_evidence(ppca):

@@ -82,3 +82,31 @@ def test_outside_the_support():
     for q in (Bernoulli(GIVEN), Categorical(GIVEN), DiagonalGaussian(GIVEN, GIVEN.exp())):
         with pytest.raises(DataError, match="z has shape"):
             q.log_prob(torch.zeros(2, 3, 4, dtype=torch.float64))
+
+
+def test_logits_that_are_no_log_odds():
+    for wrong in (math.nan, math.inf):
+        logits = torch.tensor([[0.1, 0.2], [0.3, wrong]])
+        with pytest.raises(DataError, match=r"logits\[1\].*none that is NaN or \+inf"):
+            Categorical(logits)
+    with pytest.raises(DataError, match=r"logits\[0\].*finite logit"):
+        Categorical(torch.full((1, 2), -math.inf))
+    with pytest.raises(DataError, match=r"logits\[0, 1\] = nan is outside the support: the logit of a bit"):
+        Bernoulli(torch.tensor([[0.0, math.nan]]))
+    for q in (Bernoulli(GIVEN), Categorical(GIVEN), DiagonalGaussian(GIVEN, GIVEN.exp())):
+        with pytest.raises(DataError, match=r"z has shape \[\]"):
+            q.log_prob(torch.tensor(1.0, dtype=torch.float64))
+
+
+def test_infinite_logits_are_certain():
+    """A category of -inf never comes, and costs nothing; a bit of plus or minus infinity is always the same."""
+    never = torch.tensor([[-math.inf, 0.3, 1.0]], requires_grad=True)
+    z = Categorical(never).sample(500, seeded())
+    assert not z[..., 0].any() and z[..., 1].any()
+    kept = Categorical(never[:, 1:]).log_prob(z[..., 1:])
+    torch.testing.assert_close(Categorical(never).log_prob(z), kept)
+    (slope,) = torch.autograd.grad(Categorical(never).log_prob(z).sum(), never)
+    assert slope.isfinite().all() and slope[0, 0] == 0
+    sure = Bernoulli(torch.tensor([[math.inf, -math.inf]]))
+    assert torch.equal(sure.log_prob(sure.sample(3, seeded())), torch.zeros(3, 1))
+    assert sure.log_prob(torch.tensor([[[1.0, 1.0]]])) == -math.inf

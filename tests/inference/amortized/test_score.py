@@ -137,7 +137,7 @@ def test_wake_sleep_learns_from_dreams(enumerable):
     phi = torch.autograd.grad(estimate.encoder.mean(), model.logits, retain_graph=True)[0]
     torch.testing.assert_close(phi, torch.autograd.grad(dreams.mean(), model.logits, retain_graph=True)[0])
     torch.testing.assert_close(estimate.bound, iwae(terms.weights).detach())
-    with pytest.raises(NumericalError, match="is NaN"):
+    with pytest.raises(NumericalError, match=r"dreams\[0\] is nan"):
         wake_sleep(terms, torch.full((3,), math.nan).double())
 
 
@@ -217,6 +217,11 @@ def test_refusals(enumerable):
     terms = log_terms(model, model.x, 3)
     with pytest.raises(DataError, match="baseline has shape"):
         reinforce(terms, torch.zeros(3, 2))
+    with pytest.raises(NumericalError, match=r"baseline\[1\] is inf"):
+        reinforce(terms, torch.tensor([0.0, math.inf]).double())
+    for wrong in (torch.zeros(3, 2), torch.tensor(0.0), torch.zeros(0)):
+        with pytest.raises(DataError, match=r"dreams must be log q of one pair or more, \[S\]"):
+            wake_sleep(terms, wrong)
     for value, what in ((math.nan, "NaN"), (-math.inf, "-inf")):
         joint = terms.joint.detach().clone()
         joint[1, 1] = value

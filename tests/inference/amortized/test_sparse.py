@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.distributions import Poisson
 
 from fspace.errors import DataError, OptionError
 from fspace.inference.amortized import reinforce_loo, sparse_elbo, sparse_probabilities
@@ -97,6 +98,11 @@ def test_refusals(table, monkeypatch):
     bad[2] = math.nan
     with pytest.raises(DataError, match="datum 2 and category"):
         sparse_elbo(lambda r, c: bad[r, c], q)
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(DataError, match=r"logits\[2, 0\]"):
+            sparse_probabilities(torch.where(torch.arange(len(table))[:, None] == 2, wrong, table))
+    with pytest.raises(DataError, match="log_joint refused its values"):
+        sparse_elbo(lambda r, c: Poisson(1.0).log_prob(-1.0 - c), q)
     real = builtins.__import__
 
     def without(name, *args, **kwargs):
