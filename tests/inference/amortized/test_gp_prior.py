@@ -146,7 +146,14 @@ def test_fills_missing_frames_better_than_the_mean_frame():
     assert torch.equal(draws[1](t), draws[1](t)) and draws(t).shape == (3, 60, 2)
 
 
-@pytest.mark.parametrize("kernel", ["rbf", "deep", MaternKernel(nu=1.5)], ids=["rbf", "deep", "own"])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param("rbf", id="rbf", marks=pytest.mark.slow),
+        pytest.param("deep", id="deep", marks=pytest.mark.slow),
+        pytest.param(MaternKernel(nu=1.5), id="own"),
+    ],
+)
 def test_saved_and_loaded_in_a_new_process(tmp_path, kernel):
     data = ball(15, 4)
     frames = np.clip(data[1], 0, 1)

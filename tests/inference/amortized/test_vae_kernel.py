@@ -68,6 +68,7 @@ def test_evidence_and_posterior_are_those_of_dense_algebra():
     )
 
 
+@pytest.mark.slow
 def test_rows_without_targets_are_worth_something():
     """Eight targets along a narrow bump's winding curve, 392 more rows without: on each of three seeds a smaller error
     than a deep kernel on the eight, and than the same model without the 392; so is, over the seeds, the log loss."""
