@@ -1,0 +1,1 @@
+"""Which method serves my data better? Metrics, distances between posteriors as functions, studies and their report."""
