@@ -21,14 +21,14 @@ from threadpoolctl import threadpool_limits
 
 from fspace.canvas import array
 from fspace.compare import metrics, selective
-from fspace.compare.distances import function_values, moments
+from fspace.compare.distances import Functions, function_values
 from fspace.compare.problems import Dataset, Problem
 from fspace.errors import DataError, OptionError
 from fspace.predictive import Categorical, Gaussian, as_tensor
 
 LEVELS = np.linspace(0.05, 0.95, 19)  # of the calibration curves
 RELIABILITY_BINS = 10
-DRAWS, SHOWN_DRAWS = 200, 6  # functions kept of a problem with probes, and of its picture
+DRAWS, SHOWN_DRAWS = 300, 6  # functions kept of a problem with probes, and of its picture
 VALIDATION = 0.2  # share of the training rows on which settings are compared
 LEAST_GRACE = 5.0  # seconds after which a fit that does not end is interrupted again
 
@@ -60,12 +60,14 @@ class Budget:
 class Method:
     """A way to predict, by the name that tables show. regressor, classifier: estimators not yet fitted (None: not of
     that task), with scikit-learn's interface; of fspace, or any with predict(X, return_std=True) or predict_proba.
-    grid: values to try of some options, where the budget has several trials; source: what a reader should know."""
+    grid: values to try of some options, where the budget has several trials; space: where its prior is, "function" or
+    "weights" (else ""), which reports compare; source: what a reader should know."""
 
     name: str
     regressor: Any = None
     classifier: Any = None
     grid: Mapping[str, Any] = field(default_factory=dict)
+    space: str = ""
     source: str = ""
 
     def estimator(self, task: str) -> Any:
@@ -377,13 +379,13 @@ def _functions(model: Any, problem: Problem, predictive: Any) -> dict[str, Any]:
     posterior = getattr(model, "posterior_", None)
     if posterior is not None:
         grid, probes = (torch.from_numpy(x) for x in (problem.grid, problem.probes))
-        mean, covariance = moments(posterior, probes)
+        functions = Functions.of(posterior, probes, DRAWS)
         kept |= {
             "latent": [array(bound) for bound in posterior.latent(grid).interval(0.9)],
             "shown_draws": function_values(posterior, grid, SHOWN_DRAWS),
-            "probe_mean": mean,
-            "probe_covariance": covariance,
-            "probe_draws": function_values(posterior, probes, DRAWS),
+            "probe_mean": functions.mean,
+            "probe_covariance": functions.covariance,
+            "probe_draws": functions.draws,
         }
     return {name: _rounded(values) for name, values in kept.items()}
 

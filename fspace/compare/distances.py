@@ -6,6 +6,7 @@ A posterior over weights cannot be compared with one over functions, but what bo
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -108,41 +109,49 @@ def function_values(
     return values
 
 
-def function_distances(
-    posterior: FunctionPosterior,
-    reference: FunctionPosterior,
-    x: Any,
-    noise_variance: float,
-    draws: int = 1000,
-    seed: int = 0,
-) -> dict[str, float]:
-    """How far a posterior over functions is from a reference, at probe inputs x [n, d].
+@dataclass(frozen=True)
+class Functions:
+    """What is known of a posterior at n probe inputs: moments mean [n] and covariance [n, n], and draws [s, n]."""
 
-    "mean": root mean square difference of the means; "std": of the standard deviations; "wasserstein": Wasserstein-2 of
-    the Gaussians with the moments of both, divided by sqrt(n); "sliced": of functions drawn from both: all in the
-    units of y. "kl": nats a probe, of the reference from the
-    posterior, both with independent noise of the given variance added, for without it two smooth functions are
-    infinitely far apart. "width": mean ratio of the standard deviations, below 1 where the posterior is too sure.
+    mean: NDArray
+    covariance: NDArray
+    draws: NDArray
+
+    @classmethod
+    def of(cls, posterior: FunctionPosterior, x: Any, draws: int = 1000, seed: int = 0) -> Functions:
+        """Of a posterior at x [n, d]; moments are exact where its values are Gaussian."""
+        return cls(*moments(posterior, x, draws, seed), function_values(posterior, x, draws, seed))
+
+    @property
+    def std(self) -> NDArray:
+        """Standard deviations [n]."""
+        return np.sqrt(np.diag(self.covariance).clip(min=0.0))
+
+
+def function_distances(ours: Functions, reference: Functions, noise_variance: float) -> dict[str, float]:
+    """How far a posterior over functions is from a reference, at the same n probe inputs.
+
+    In the units of y: "mean", the root mean square difference of the means; "std", that of the standard deviations;
+    "wasserstein", Wasserstein-2 of the Gaussians with these moments, divided by sqrt(n); "sliced", that of the draws
+    along random directions. "kl": nats a probe, of the reference from ours, both with independent noise of the given
+    variance added, for without it two smooth functions are infinitely far apart. "width": mean ratio of our standard
+    deviations to the reference's, below 1 where we are too sure. Raises OptionError unless the noise is positive.
     """
     if not noise_variance > 0:
         raise OptionError(
             f"noise_variance={noise_variance!r} must be positive: without noise there is no divergence."
         )
-    m, c = moments(posterior, x, draws, seed)
-    m0, c0 = moments(reference, x, draws, seed + 1)
-    noise = noise_variance * np.eye(len(m))
-    std, std0 = (np.sqrt(np.diag(cov).clip(min=0.0)) for cov in (c, c0))
-    values, values0 = (
-        function_values(posterior, x, draws, seed),
-        function_values(reference, x, draws, seed + 1),
-    )
+    n = len(ours.mean)
+    noise = noise_variance * np.eye(n)
+    moments_of_both = (ours.mean, ours.covariance, reference.mean, reference.covariance)
     return {
-        "mean": float(np.sqrt(((m - m0) ** 2).mean())),
-        "std": float(np.sqrt(((std - std0) ** 2).mean())),
-        "wasserstein": gaussian_wasserstein(m, c, m0, c0) / math.sqrt(len(m)),
-        "sliced": sliced_wasserstein(values, values0, seed=seed),
-        "kl": gaussian_kl(m0, c0 + noise, m, c + noise) / len(m),
-        "width": float((std / std0).mean()),
+        "mean": float(np.sqrt(((ours.mean - reference.mean) ** 2).mean())),
+        "std": float(np.sqrt(((ours.std - reference.std) ** 2).mean())),
+        "wasserstein": gaussian_wasserstein(*moments_of_both) / math.sqrt(n),
+        "sliced": sliced_wasserstein(ours.draws, reference.draws),
+        "kl": gaussian_kl(reference.mean, reference.covariance + noise, ours.mean, ours.covariance + noise)
+        / n,
+        "width": float((ours.std / reference.std).mean()),
     }
 
 

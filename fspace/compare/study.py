@@ -9,98 +9,22 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from fspace.compare.cells import Budget, Cell, Method, run_cell
 from fspace.compare.problems import Dataset
-from fspace.compare.ranks import standard_error
+from fspace.compare.results import Results
 from fspace.errors import DataError, OptionError
 from fspace.predictive_base import check_seed
 
 ENGINES = ("process", "ray")
 JOURNAL = "cells.jsonl"
 DIED = "the process that fitted it died (out of memory, or a crash in a library)"
-
-
-@dataclass
-class Results:
-    """Tidy results: a dict a cell in `rows`, in the order of data sets, splits and methods (`run_cell` says what is in
-    it). sources: a sentence about each data set and method; interrupted: Ctrl-C came before all cells were done."""
-
-    rows: list[dict[str, Any]]
-    budget: str
-    sources: dict[str, str] = field(default_factory=dict)
-    interrupted: bool = False
-
-    def frame(self) -> pd.DataFrame:
-        """One line a cell and score: dataset, task, split, method, status, metric, value."""
-        lines = []
-        for row in self.rows:
-            common = {key: row[key] for key in ("dataset", "task", "split", "method", "status")}
-            scores = row["scores"] | {k: row[k] for k in ("fit_seconds", "predict_seconds") if k in row}
-            lines += [{**common, "metric": name, "value": value} for name, value in scores.items()]
-            if not scores:
-                lines.append({**common, "metric": "none", "value": float("nan")})
-        return pd.DataFrame(lines, columns=[*_COMMON, "metric", "value"])
-
-    def values(self, metric: str, task: str | None = None, dataset: str | None = None) -> pd.DataFrame:
-        """A score of every cell: index (dataset, split), a column a method; NaN where there is none. Fits that
-        diverged have none that counts. Raises DataError where no cell has it."""
-        rows = [row for row in self.rows if task in (None, row["task"]) and dataset in (None, row["dataset"])]
-        if not any(metric in _scores(row) for row in rows):
-            raise DataError(
-                f"No cell has the score {metric!r}; there are {sorted({m for r in rows for m in _scores(r)})}."
-            )
-        methods = list(dict.fromkeys(row["method"] for row in rows))
-        places = list(dict.fromkeys((row["dataset"], row["split"]) for row in rows))
-        table = pd.DataFrame(
-            np.nan, index=pd.MultiIndex.from_tuples(places, names=["dataset", "split"]), columns=methods
-        )
-        for row in rows:
-            if row["status"] not in ("diverged", "failed"):
-                table.loc[(row["dataset"], row["split"]), row["method"]] = _scores(row).get(metric, np.nan)
-        return table
-
-    def table(self, metric: str, task: str | None = None) -> pd.DataFrame:
-        """Mean over the splits and its standard error, corrected for their overlap (`standard_error`): index dataset,
-        columns (method, "mean" or "error" or "splits"). A method's mean is of the splits that it has a score on."""
-        values = self.values(metric, task)
-        parts = {}
-        for dataset in values.index.unique("dataset"):
-            share = self.test_share(dataset)
-            line: dict[tuple[str, str], float] = {}
-            for method in values.columns:
-                found = values.loc[dataset, method].dropna().to_numpy()
-                mean = float(found.mean()) if len(found) else float("nan")
-                line |= {(method, "mean"): mean, (method, "error"): standard_error(found, share)}
-                line[(method, "splits")] = float(len(found))
-            parts[dataset] = line
-        return pd.DataFrame.from_dict(parts, orient="index")
-
-    def test_share(self, dataset: str) -> float:
-        """Test rows for each training row, of random splits of one table; 0 where every split has data of its own."""
-        rows = [r["rows"] for r in self.rows if r["dataset"] == dataset and "rows" in r and not r["fresh"]]
-        if not rows:
-            return 0.0
-        return float(np.mean([r["test"] / r["train"] for r in rows]))
-
-    def troubles(self) -> list[dict[str, Any]]:
-        """The cells that failed, diverged or were stopped, with their reasons."""
-        return [row for row in self.rows if row["status"] != "ok"]
-
-
-_COMMON = ("dataset", "task", "split", "method", "status")
-
-
-def _scores(row: Mapping[str, Any]) -> dict[str, float]:
-    times = {name: row[name] for name in ("fit_seconds", "predict_seconds") if name in row}
-    return dict(row["scores"]) | times
 
 
 class Study:
@@ -192,7 +116,8 @@ class Study:
             m.name: m.source for m in self.methods if m.source
         }
         rows = [done[key] for key in keys if key in done]
-        return Results(rows, str(self.budget), sources, interrupted)
+        spaces = {method.name: method.space for method in self.methods}
+        return Results(rows, str(self.budget), sources, spaces, interrupted)
 
 
 def as_methods(methods: Sequence[Method] | Mapping[str, Any]) -> list[Method]:

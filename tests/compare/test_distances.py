@@ -8,6 +8,7 @@ import torch
 from scipy.stats import wasserstein_distance
 
 from fspace.compare.distances import (
+    Functions,
     function_distances,
     gaussian_kl,
     gaussian_wasserstein,
@@ -104,14 +105,14 @@ def test_moments_are_exact_or_drawn():
 
 
 def test_distances_to_a_reference_and_who_is_too_sure():
-    reference = Lines(1.0, 0.5, True)
-    far = function_distances(Lines(1.3, 0.25, True), reference, X, 0.01)
+    reference = Functions.of(Lines(1.0, 0.5, True), X, seed=1)
+    far = function_distances(Functions.of(Lines(1.3, 0.25, True), X), reference, 0.01)
     rms = float(X.square().mean().sqrt())
     assert far["mean"] == pytest.approx(0.3 * rms) and far["std"] == pytest.approx(0.25 * rms)
     assert far["width"] == pytest.approx(0.5)
     # along the line, Wasserstein-2 of the slopes times the size of the direction
     assert far["wasserstein"] == pytest.approx(math.hypot(0.3, 0.25) * rms)
-    same = function_distances(Lines(1.0, 0.5, True), reference, X, 0.01)
+    same = function_distances(Functions.of(Lines(1.0, 0.5, True), X), reference, 0.01)
     assert same["kl"] == pytest.approx(0, abs=1e-9) and same["sliced"] < 0.2 * far["sliced"]
     n, direction = 6, X[:, 0].numpy()
     size = direction @ direction  # only along it do the two differ
@@ -122,7 +123,8 @@ def test_distances_to_a_reference_and_who_is_too_sure():
 
 def test_what_is_refused():
     with pytest.raises(OptionError, match="must be positive"):
-        function_distances(Lines(1.0, 1.0, True), Lines(1.0, 1.0, True), X, 0.0)
+        lines = Functions.of(Lines(1.0, 1.0, True), X)
+        function_distances(lines, lines, 0.0)
     with pytest.raises(DataError, match="of the same"):
         gaussian_wasserstein(np.zeros(2), np.eye(2), np.zeros(3), np.eye(3))
     with pytest.raises(DataError, match="NaN"):

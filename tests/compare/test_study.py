@@ -314,3 +314,22 @@ def test_a_sample_in_between_has_nothing_in_between():
 def test_what_is_refused(make, words):
     with pytest.raises((OptionError, DataError), match=words):
         make()
+
+
+def test_distances_to_a_reference_method_split_by_split():
+    methods = {
+        "rbf": fspace.GPRegressor(kernel="rbf"),
+        "matern": fspace.GPRegressor(kernel="matern"),
+        "line": BayesianRidge(),
+    }
+    results = Study([InBetween()], methods, splits=2).run()
+    table = results.distances("in-between", "rbf", 0.01)
+    assert set(table.index) == {
+        (m, s) for m in ("matern", "chance") for s in (0, 1)
+    }  # a line has no functions here
+    kept = [row["functions"] for row in results.rows if row["split"] == 1][:2]
+    apart = np.subtract(*(np.array(k["probe_mean"]) for k in kept))
+    assert table.loc[("matern", 1), "mean"] == pytest.approx(np.sqrt(np.mean(apart**2)))
+    assert table.loc[("chance", 0), "sliced"] < table.loc[("matern", 0), "sliced"]
+    with pytest.raises(DataError, match="has no functions"):
+        results.distances("in-between", "line", 0.01)
