@@ -79,7 +79,7 @@ def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
         (folder / name).resolve() for name in (MODEL, METRICS, PREDICTIONS, REPORT)
     ]:
         raise OptionError(f"--out {folder}: the results would replace {run.data}, which they are made from.")
-    inputs, target, source = _load(run)
+    inputs, target, source = load_columns(run)
     classes: np.ndarray | None = None
     if run.task == "classification":
         if target.shape[1] > 1:
@@ -292,7 +292,7 @@ def to_json(results: dict[str, Any]) -> str:
 # ---- the table ---------------------------------------------------------------------------------
 
 
-def _load(run: FitRun) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+def load_columns(run: FitRun) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     """Inputs, targets, and where they come from. Categories know the levels of the whole file."""
     if run.data is None:
         table, source = load_diabetes_table(), "scikit-learn's diabetes table"

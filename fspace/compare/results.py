@@ -26,6 +26,16 @@ class Results:
     spaces: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
 
+    @property
+    def methods(self) -> list[str]:
+        """Names of the methods, in their order."""
+        return list(dict.fromkeys([*self.spaces, *(row["method"] for row in self.rows)]))
+
+    @property
+    def datasets(self) -> dict[str, str]:
+        """Names and tasks of the data sets, in their order."""
+        return {row["dataset"]: row["task"] for row in self.rows}
+
     def frame(self) -> pd.DataFrame:
         """One line a cell and score: dataset, task, split, method, status, metric, value."""
         lines = []
@@ -70,6 +80,12 @@ class Results:
                 line[(method, "splits")] = float(len(found))
             parts[dataset] = line
         return pd.DataFrame.from_dict(parts, orient="index")
+
+    def means(self, metric: str, dataset: str) -> dict[str, tuple[float, float]]:
+        """Mean and standard error on one data set of every method that has one (`table`)."""
+        values, share = self.values(metric, dataset=dataset), self.test_share(dataset)
+        found = {str(name): values[name].dropna().to_numpy() for name in values.columns}
+        return {name: (float(v.mean()), standard_error(v, share)) for name, v in found.items() if len(v)}
 
     def distances(self, dataset: str, reference: str, noise_variance: float) -> pd.DataFrame:
         """How far every method is from the reference method as a function, split by split: index (method, split), a

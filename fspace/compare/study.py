@@ -24,6 +24,7 @@ from fspace.predictive_base import check_seed
 
 ENGINES = ("process", "ray")
 JOURNAL = "cells.jsonl"
+FORMAT = 1  # of a cell's row; results in another are not taken over
 DIED = "the process that fitted it died (out of memory, or a crash in a library)"
 
 
@@ -137,7 +138,7 @@ def as_methods(methods: Sequence[Method] | Mapping[str, Any]) -> list[Method]:
 def cell_key(cell: Cell) -> str:
     """What a result belongs to: data, split, method with its options, budget and seed."""
     parts = (
-        cell.dataset.name, cell.dataset.fingerprint, cell.split, cell.method.name,
+        FORMAT, cell.dataset.name, cell.dataset.fingerprint, cell.split, cell.method.name,
         cell.method.fingerprint(cell.dataset.task), repr(cell.budget), cell.seed,
     )  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
