@@ -64,7 +64,9 @@ class BNNEstimator(FunctionEstimator):
         if self.progress is not False and self.progress != "auto":
             raise OptionError(f"progress={self.progress!r} does not exist; choose 'auto' or False.")
         if not _positive(self.temperature):
-            raise OptionError(f"temperature={self.temperature!r} must be a positive number; 1 is Bayes' rule.")
+            raise OptionError(
+                f"temperature={self.temperature!r} must be a positive number; 1 is Bayes' rule."
+            )
         if not _positive(self.learning_rate):
             raise OptionError(f"learning_rate={self.learning_rate!r} must be a positive number.")
         for name in ("epochs", "batch_size"):
@@ -72,7 +74,9 @@ class BNNEstimator(FunctionEstimator):
             if value is not None and not _whole(value):
                 raise OptionError(f"{name}={value!r} must be a whole number of at least 1, or None.")
         if not isinstance(self.network, nn.Module) and self.network != "mlp":
-            raise OptionError(f"network={self.network!r} does not exist; choose 'mlp', or pass a torch module.")
+            raise OptionError(
+                f"network={self.network!r} does not exist; choose 'mlp', or pass a torch module."
+            )
         sizes = list(self.hidden) if isinstance(self.hidden, list | tuple) else [None]
         if not all(_whole(size) for size in sizes):
             raise OptionError(
@@ -132,7 +136,9 @@ class BNNEstimator(FunctionEstimator):
         tensor = lambda a: torch.as_tensor(np.asarray(a), dtype=torch.float64, device=device)  # noqa: E731
         method = self._method()
         parts = input_scaling(x, False) if x.ndim == 2 else channel_scaling(x)
-        scaling = Scaling(**{k: tensor(v) for k, v in parts.items()}, y_shift=tensor(shift), y_scale=tensor(scale))
+        scaling = Scaling(
+            **{k: tensor(v) for k, v in parts.items()}, y_shift=tensor(shift), y_scale=tensor(scale)
+        )
         rows = scaling.inputs(tensor(x))
         network = Network.of(self._module(rows, likelihood.outputs, dtype))
         self.history_: list[dict[str, Any]] = []
@@ -161,7 +167,8 @@ class BNNEstimator(FunctionEstimator):
         self.interrupted_ = self._interrupted_in is not None
         if self.interrupted_:
             warnings.warn(
-                f"Interrupted while fitting {self._interrupted_in}; the best state so far is kept.", stacklevel=3
+                f"Interrupted while fitting {self._interrupted_in}; the best state so far is kept.",
+                stacklevel=3,
             )
         self.diverged_, self.diagnostics_ = report.diverged, report.figures
         self.posterior_ = posterior_of(network, distribution, likelihood, scaling, vector, method.name)
@@ -269,10 +276,18 @@ class BNNRegressor(RegressionFront, BNNEstimator):
             )
         if self.noise_variance is not None:
             if self.likelihood == "heteroscedastic":
-                raise OptionError("noise_variance is of constant noise; leave it None, or take likelihood='gaussian'.")
-            numbers = self.noise_variance if isinstance(self.noise_variance, list | tuple) else [self.noise_variance]
+                raise OptionError(
+                    "noise_variance is of constant noise; leave it None, or take likelihood='gaussian'."
+                )
+            numbers = (
+                self.noise_variance
+                if isinstance(self.noise_variance, list | tuple)
+                else [self.noise_variance]
+            )
             if not all(_positive(value) for value in numbers):
-                raise OptionError(f"noise_variance={self.noise_variance!r} must be positive, in squared units of y.")
+                raise OptionError(
+                    f"noise_variance={self.noise_variance!r} must be positive, in squared units of y."
+                )
 
 
 class BNNClassifier(ClassificationFront, BNNEstimator):

@@ -209,7 +209,7 @@ class Table:
 class InBetween:
     """The one-dimensional problem between two clusters, drawn anew for every split.
 
-    y = sin(3 x) + x / 2 + noise of standard deviation 0.1; 60 training inputs in [-2, -0.7] and [0.7, 2], 200 test
+    y = sin(2 x) + x / 2 + noise of standard deviation 0.1; 60 training inputs in [-2, -0.7] and [0.7, 2], 200 test
     inputs in [-2, 2]. After Foong et al. (2019), section 2.
     """
 
@@ -231,7 +231,7 @@ class InBetween:
     @staticmethod
     def truth(x: Float[np.ndarray, "n 1"]) -> Float[np.ndarray, " n"]:
         """The function behind the observations."""
-        return np.sin(3 * x[:, 0]) + 0.5 * x[:, 0]
+        return np.sin(2 * x[:, 0]) + 0.5 * x[:, 0]
 
     def problem(self, split: int) -> Problem:
         """A new sample of the data."""
