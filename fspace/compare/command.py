@@ -18,7 +18,7 @@ from fspace.compare.study import JOURNAL, Study
 from fspace.errors import OptionError
 from fspace.predictive_base import check_seed
 from fspace.progress import progress
-from fspace.runs import TASKS, FitRun, load_columns
+from fspace.runs import TASKS, FitRun, load_columns, target_numbers
 
 DEFAULT_OUT = "fspace-compare"
 
@@ -97,7 +97,7 @@ def _datasets(run: CompareRun, seed: int) -> list[Dataset]:
         return [InBetween(run.splits, seed=seed), diabetes(run.splits, seed), digits(run.splits, seed)]
     given = FitRun(run.data, [run.target] if run.target else [], run.task, run.categorical, run.drop)
     inputs, target, source = load_columns(given)
-    y = target.iloc[:, 0]
+    y = target.iloc[:, 0] if run.task == "classification" else target_numbers(target).ravel()
     name = Path(run.data).name.split(".")[0]
     return [Table(name, inputs, y, run.task, run.splits, seed=seed, missing=run.missing, source=source)]
 

@@ -59,7 +59,8 @@ def give(value: float, error: float, digits: int = 2) -> str:
     """A figure with its standard error, with as many digits as that has."""
     if not math.isfinite(error):
         return f"{value:.{digits + 1}g} (one split: no standard error)"
-    places = max(0, digits - 1 - math.floor(math.log10(error))) if error > 0 else digits
+    known = error > 1e-9 * abs(value)  # below that it is rounding
+    places = max(0, digits - 1 - math.floor(math.log10(error))) if known else digits
     return f"{value:.{places}f} ± {error:.{places}f}"
 
 
