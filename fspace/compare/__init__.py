@@ -1,6 +1,6 @@
 """Which method serves my data better? Metrics, distances between posteriors as functions, studies and their report.
 
-Study([Uci("yacht"), diabetes()], methods(["gp", "ensemble"]), splits=5, budget=Budget(seconds=60)).run(jobs=2)
+Study([Uci("yacht"), diabetes()], named_methods(["gp", "ensemble"]), splits=5, budget=Budget(seconds=60)).run(jobs=2)
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ _WHERE = {
     "digits": "fspace.compare.problems",
     "Results": "fspace.compare.results",
     "Study": "fspace.compare.study",
-    "methods": "fspace.compare.methods",
-    "findings": "fspace.compare.findings",
+    "named_methods": "fspace.compare.methods",
+    "findings": "fspace.compare.sentences",
     "write_report": "fspace.compare.report",
 }
 __all__ = sorted(_WHERE)

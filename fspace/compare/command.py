@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from fspace.compare.cells import Budget
-from fspace.compare.findings import findings
-from fspace.compare.methods import methods
+from fspace.compare.methods import named_methods
 from fspace.compare.problems import Dataset, InBetween, Table, diabetes, digits
 from fspace.compare.report import write_report
 from fspace.compare.results import Results
+from fspace.compare.sentences import findings
 from fspace.compare.study import JOURNAL, Study
 from fspace.errors import OptionError
 from fspace.predictive_base import check_seed
@@ -52,7 +52,12 @@ def compare_table(run: CompareRun, quiet: bool = False) -> dict[str, Any]:
     seed = check_seed(run.seed)
     jobs = run.jobs if run.jobs is not None else max(1, os.cpu_count() or 1)
     study = Study(
-        _datasets(run, seed), methods(run.methods or None), run.splits, Budget(run.budget), seed, _folder(run)
+        _datasets(run, seed),
+        named_methods(run.methods or None),
+        run.splits,
+        Budget(run.budget),
+        seed,
+        _folder(run),
     )
     assert study.folder is not None
     with progress("comparing", not quiet) as tell:

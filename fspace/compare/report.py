@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fspace.compare import pictures
-from fspace.compare.findings import empty_widths, findings
 from fspace.compare.pictures import words
 from fspace.compare.problems import InBetween
 from fspace.compare.ranks import Ranking, higher_is_better, rank, standard_error
 from fspace.compare.results import Results
+from fspace.compare.sentences import empty_widths, findings
 from fspace.errors import DataError
 from fspace.report import PAGE, STYLE
 

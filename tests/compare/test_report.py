@@ -11,10 +11,10 @@ import pytest
 
 from fspace import cli
 from fspace.compare import pictures
-from fspace.compare.findings import difference, findings, give
 from fspace.compare.ranks import rank
 from fspace.compare.report import rankings, write_report
 from fspace.compare.results import Results
+from fspace.compare.sentences import difference, findings, give
 from fspace.errors import DataError, OptionError
 
 GRID, PROBES = np.linspace(-3, 3, 13), np.linspace(-2, 2, 9)
@@ -107,7 +107,7 @@ def test_sentences_say_what_was_found_with_standard_errors():
     assert "90% intervals hold too little: bad 50% ± 0%" in text
     assert "as a function good is nearest to reference" in text and "bad farthest" in text
     assert "less than half of reference's in alike 0.20 ± 0.00" in text and "bad 0.10 ± 0.00" in text
-    assert "labels: good tells rows of another kind best, AUROC 0.905" in text
+    assert "labels: good tells rows of another kind best, AUROC 0.9" in text
     assert "nan" not in text
 
 
