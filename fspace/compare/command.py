@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fspace.compare.cells import Budget
-from fspace.compare.methods import named_methods
+from fspace.compare.methods import ACTIVATION, HIDDEN, REFERENCE, WIDE, named_methods
 from fspace.compare.problems import Dataset, InBetween, Table, diabetes, digits
 from fspace.compare.report import write_report
 from fspace.compare.results import Results
 from fspace.compare.sentences import findings
 from fspace.compare.study import JOURNAL, Study
+from fspace.compare.wide import LIMIT, prior_panels
 from fspace.errors import OptionError
 from fspace.predictive_base import check_seed
 from fspace.progress import progress
@@ -62,7 +65,17 @@ def compare_table(run: CompareRun, quiet: bool = False) -> dict[str, Any]:
     assert study.folder is not None
     with progress("comparing", not quiet) as tell:
         results = study.run(resume=not run.overwrite, jobs=jobs, tell=tell)
-    page = write_report(study.folder, results)
+        tell(stage="the report")
+        reference = _reference(results)
+        grid = np.linspace(-2.5, 2.5, 81)
+        page = write_report(
+            study.folder,
+            results,
+            reference=reference,
+            priors=prior_panels(HIDDEN, ACTIVATION, grid[:, None]),
+            prior_grid=grid,
+            limits=[LIMIT],
+        )
     return {
         "report": str(page),
         "budget": results.budget,
@@ -72,10 +85,16 @@ def compare_table(run: CompareRun, quiet: bool = False) -> dict[str, Any]:
             [row["dataset"], row["split"], row["method"], row["status"], row["reason"]]
             for row in results.troubles()
         ],
-        "findings": findings(results),
+        "findings": findings(results, reference),
         "scores": scores(results),
         "interrupted": results.interrupted,
     }
+
+
+def _reference(results: Results) -> str | None:
+    """The method that others are compared with as functions: HMC, else the exact Gaussian process of the same prior."""
+    known = {row["method"] for row in results.rows if "probe_mean" in row.get("functions", {})}
+    return next((name for name in (REFERENCE, WIDE) if name in known), None)
 
 
 def scores(results: Results) -> dict[str, dict[str, dict[str, float]]]:

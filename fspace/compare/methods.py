@@ -32,7 +32,7 @@ NETWORKS = {
     "fvi": ("function-space VI", "a network fitted to a Gaussian-process prior (Sun et al. 2019)"),
     "functional_prior": ("functional prior", "weights' prior tuned to a Gaussian process (Tran et al. 2022)"),
 }
-REFERENCE = NETWORKS["nuts"][0]
+REFERENCE, WIDE = NETWORKS["nuts"][0], "wide network"
 
 
 def _network(inference: str) -> Callable[[], Method]:
@@ -63,7 +63,7 @@ def _wide() -> Method:
     source = (
         "exact Gaussian process with the networks' own prior, infinitely wide; nothing learned but the noise"
     )
-    return Method("wide network", WideNetworkGP(len(HIDDEN), ACTIVATION), space="function", source=source)
+    return Method(WIDE, WideNetworkGP(len(HIDDEN), ACTIVATION), space="function", source=source)
 
 
 def _linear() -> Method:

@@ -173,7 +173,7 @@ def calibration_curves(results: Results, dataset: str, *, ax: Axes | None = None
         )
     ticks = [0, 0.25, 0.5, 0.75, 1] if numbers else [0.2, 0.4, 0.6, 0.8, 1]
     ax.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks])
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:+.0%}" if abs(value) > 1e-9 else "0%")
+    ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:+.3g}%" if abs(value) > 1e-9 else "0%")
     if numbers:
         finish(ax, f"{dataset}: what falls below each quantile", "stated level", "observed share minus level")
     else:

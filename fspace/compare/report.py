@@ -19,7 +19,7 @@ from fspace.compare.pictures import words
 from fspace.compare.problems import InBetween
 from fspace.compare.ranks import Ranking, higher_is_better, rank, standard_error
 from fspace.compare.results import Results
-from fspace.compare.sentences import empty_widths, findings
+from fspace.compare.sentences import empty_widths, findings, give
 from fspace.errors import DataError
 from fspace.report import PAGE, STYLE
 
@@ -179,19 +179,12 @@ def _dataset(book: _Book, results: Results, dataset: str, task: str, reference: 
             book.draw(f"{slug}-detection", "detection", pictures.detection, results, dataset, size=size)
         )
     if any("calibration" in row for row in rows):
-        parts.append(
-            book.draw(
-                f"{slug}-calibration",
-                "calibration",
-                pictures.calibration_curves,
-                results,
-                dataset,
-                size=(8.6, 4.4),
-            )
+        small = (7.6, 4.4)
+        curves = book.draw(
+            f"{slug}-calibration", "calibration", pictures.calibration_curves, results, dataset, size=small
         )
-        parts.append(
-            book.draw(f"{slug}-cost", "cost", pictures.cost_quality, results, dataset, size=(8.6, 4.4))
-        )
+        cost = book.draw(f"{slug}-cost", "cost", pictures.cost_quality, results, dataset, size=small)
+        parts.append(f"<div class='grid'>{curves}{cost}</div>")
     return "".join(parts)
 
 
@@ -208,7 +201,7 @@ def _scores(results: Results, dataset: str, columns: Sequence[str]) -> str:
         for metric, means in tables.items():
             text = "–"
             if name in means:
-                text = f"{_short(means[name][0])}<span class='dim'>{_error(means[name][1])}</span>"
+                text = _figure(*means[name])
             cells.append(f"<td>{f'<b>{text}</b>' if name in best[metric] else text}</td>")
         lines.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>")
     head = "".join(f"<th>{escape(words(metric))}</th>" for metric in tables)
@@ -226,12 +219,12 @@ def _best(metric: str, means: Mapping[str, tuple[float, float]]) -> set[str]:
     return {name for name, value in distance.items() if value <= least + 1e-12}
 
 
-def _short(value: float) -> str:
-    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-
-
-def _error(error: float) -> str:
-    return f" ± {error:.2g}" if math.isfinite(error) else ""
+def _figure(value: float, error: float) -> str:
+    """A mean and its standard error, with the digits that this leaves."""
+    if not math.isfinite(error):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    mean, _, spread = give(value, error).partition(" ± ")
+    return f"{mean}<span class='dim'> ± {spread}</span>" if spread else mean
 
 
 def _distances(results: Results, dataset: str, reference: str | None) -> str:
@@ -248,15 +241,11 @@ def _distances(results: Results, dataset: str, reference: str | None) -> str:
         cells = []
         for column in ("wasserstein", "sliced", "mean", "std", "kl"):
             error = standard_error(table.loc[name, column], 0.0)
-            cells.append(
-                f"<td>{_short(means.loc[name, column])}<span class='dim'>{_error(error)}</span></td>"
-            )
-        gap = widths[name] if name in widths else None
-        text = (
-            "–"
-            if gap is None
-            else f"{gap.mean():.2f}<span class='dim'>{_error(standard_error(gap.dropna(), 0.0))}</span>"
-        )
+            cells.append(f"<td>{_figure(float(means.loc[name, column]), error)}</td>")
+        text = "–"
+        if name in widths:
+            gap = widths[name].dropna()
+            text = _figure(float(gap.mean()), standard_error(gap, 0.0))
         label = f"<i>two samples of {escape(reference)}</i>" if name == "chance" else escape(str(name))
         lines.append(f"<tr><th>{label}</th>{''.join(cells)}<td>{text}</td></tr>")
     head = "".join(
@@ -357,5 +346,7 @@ MORE_STYLE = """
 ul { margin: .8rem 0; padding-left: 1.2rem; }
 li { margin: .35rem 0; }
 h3 { font-size: 1rem; margin: 1.2rem 0 .6rem; }
+td { white-space: nowrap; }
 td .dim { font-size: .82em; }
+.facts td { white-space: normal; }
 """

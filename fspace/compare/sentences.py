@@ -59,9 +59,11 @@ def give(value: float, error: float, digits: int = 2) -> str:
     """A figure with its standard error, with as many digits as that has."""
     if not math.isfinite(error):
         return f"{value:.{digits + 1}g} (one split: no standard error)"
-    known = error > 1e-9 * abs(value)  # below that it is rounding
+    if abs(value) < 1e-9:  # rounding
+        return "0"
+    known = error > 1e-9 * abs(value)
     places = max(0, digits - 1 - math.floor(math.log10(error))) if known else digits
-    return f"{value:.{places}f} ± {error:.{places}f}"
+    return f"{value:,.{places}f} ± {error:,.{places}f}"
 
 
 def _best(dataset: str, values: pd.DataFrame, share: float) -> list[str]:

@@ -30,6 +30,7 @@ from fspace.posterior import Predictive
 from fspace.predictive import check_count, generator_for
 
 MOST_ROWS = 4000  # the posterior is exact
+LIMIT = "these networks, infinitely wide"
 
 
 class WideNetworkGP(RegressorMixin, BaseEstimator):
@@ -138,3 +139,22 @@ def limit_prior_draws(
         len(x), draws, generator=generator_for(seed, torch.device("cpu")), dtype=torch.float64
     )
     return ((vectors * values.clamp(min=0).sqrt()) @ white).T.numpy()
+
+
+def prior_panels(
+    hidden: tuple[int, ...], activation: str, x: NDArray, draws: int = 200
+) -> dict[str, NDArray]:
+    """Functions [s, n] at x [n, 1] (standardised) from priors that a reader may take for alike, by name; LIMIT is the
+    infinitely wide network."""
+    width, deep = hidden[0], (hidden[0],) * 3
+    k = torch.exp(-0.5 * (torch.from_numpy(x) - torch.from_numpy(x).T).square()) + 1e-9 * torch.eye(len(x))
+    white = torch.randn(len(x), draws, generator=generator_for(0, torch.device("cpu")), dtype=torch.float64)
+    return {
+        f"these networks: {width} units": network_prior_draws(x, hidden, activation, draws=draws),
+        LIMIT: limit_prior_draws(x, len(hidden), activation, draws=draws),
+        "the same prior, 3 units": network_prior_draws(x, (3,), activation, draws=draws),
+        f"the same prior, three layers of {width}": network_prior_draws(x, deep, activation, draws=draws),
+        "every weight N(0, 1)": network_prior_draws(x, hidden, activation, 1.0, draws),
+        "every weight N(0, 1), three layers": network_prior_draws(x, deep, activation, 1.0, draws),
+        "GP, squared exponential": (torch.linalg.cholesky(k) @ white).T.numpy(),
+    }
