@@ -25,12 +25,13 @@ for (above, below), variance in zip(axes.T, variances):
     limit = limit_prior_draws(x, 1, "relu", prior)
     model = WideNetworkGP(prior=prior).fit(problem.x_train, problem.y_train)
     deviation = model.posterior_.latent(np.zeros((1, 1))).stddev.item()
+    before = f"{networks[:, 50].std():.2f} (50 units), {limit[:, 50].std():.2f} (infinitely many)"
+    evidence = f"log evidence {model.log_evidence_:.1f}"
     print(
-        f"weight variance {variance:g}: deviation of f(0) before {networks[:, 50].std():.2f} (50 units), "
-        f"{limit[:, 50].std():.2f} (infinitely many), after the data {deviation:.2f}; log evidence {model.log_evidence_:.1f}"
+        f"weight variance {variance:g}: deviation of f(0) before {before}, after the data {deviation:.2f}; {evidence}"
     )
     for draws, colour, label in ((networks, "#2f6690", "50 units"), (limit, "#d1622b", "infinitely many")):
-        above.plot(x, draws[:8].T, color=colour, lw=0.8, alpha=0.7, label=[label, *[None] * 7])
+        above.plot(x, draws[20:28].T, color=colour, lw=0.8, alpha=0.7, label=[label, *[None] * 7])
     above.set_title(f"prior, weight variance {variance:g}", loc="left", fontsize=10)
     predictive = model.predictive(x)
     lower, upper = model.posterior_.latent(x).interval(0.9)

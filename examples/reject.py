@@ -30,10 +30,9 @@ for (name, model), colour in zip(models.items(), ("#2f6690", "#8a94a0", "#d1622b
     doubt, strange = known.entropy.numpy(), unknown.entropy.numpy()
     threshold = np.quantile(doubt, 0.95)
     loss = losses(np.searchsorted(model.classes_, problem.y_test), known)
-    print(
-        f"{name}: {1 - loss.mean():.1%} of known digits right; refuses 5% of them and "
-        f"{(strange > threshold).mean():.0%} of the unknown (AUROC {auroc(doubt, strange):.3f}); AUGRC {augrc(loss, doubt):.5f}"
-    )
+    refused = f"refuses 5% of them and {(strange > threshold).mean():.0%} of the unknown"
+    areas = f"AUROC {auroc(doubt, strange):.3f}, AUGRC {augrc(loss, doubt):.5f}"
+    print(f"{name}: {1 - loss.mean():.1%} of known digits right; {refused} ({areas})")
     # everything that comes, known and unknown: an answer about an unknown digit is always wrong
     everything = np.r_[loss, np.ones(len(strange))], np.r_[doubt, strange]
     answered, risk = risk_coverage(*everything)
@@ -43,7 +42,7 @@ for (name, model), colour in zip(models.items(), ("#2f6690", "#8a94a0", "#d1622b
     right.hist(doubt, bins, color=colour, histtype="step", lw=1, ls=":", density=True, label=f"{name}, known")
 share = len(problem.y_test) / (len(problem.y_test) + len(problem.outside))
 left.axvline(share, color="#1f2933", lw=0.8, ls=":")
-left.text(share, left.get_ylim()[1], " share of known digits", va="top", fontsize=8)
+left.text(share, 0.45, "share of known\ndigits ", ha="right", fontsize=8)
 left.set(xlabel="share answered, the surest first", ylabel="share of answers that are wrong")
 left.legend(fontsize=8)
 right.set(xlabel="entropy (nats)", ylabel="density", yscale="log")

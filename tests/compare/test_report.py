@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -280,3 +281,12 @@ def test_what_cannot_be_is_refused_in_one_line(run, houses, args, words):
 def test_rates_that_have_no_direction_are_refused():
     with pytest.raises(OptionError, match="neither high nor low"):
         pictures.cost_quality(RESULTS, "line", "coverage_90")
+
+
+def test_the_page_on_comparing_runs(tmp_path, monkeypatch, capsys):
+    """The Python of docs/compare.md as it stands, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "compare.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(block, "compare.md", "exec"), {})
+    assert "diabetes: " in capsys.readouterr().out and (tmp_path / "diabetes-study" / "report.html").exists()
