@@ -50,7 +50,7 @@ class BNNEstimator(FunctionEstimator):
         """The inference that is asked for. Raises OptionError for one that does not exist."""
         if isinstance(self.inference, str) and self.inference in METHODS:
             return METHODS[self.inference]()
-        if isinstance(self.inference, tuple(METHODS.values())):
+        if isinstance(self.inference, Method):
             return self.inference
         raise OptionError(
             f"inference={self.inference!r} does not exist; choose one of {', '.join(METHODS)}, or pass a method of "
@@ -64,7 +64,9 @@ class BNNEstimator(FunctionEstimator):
         if self.progress is not False and self.progress != "auto":
             raise OptionError(f"progress={self.progress!r} does not exist; choose 'auto' or False.")
         if not _positive(self.temperature):
-            raise OptionError(f"temperature={self.temperature!r} must be a positive number; 1 is Bayes' rule.")
+            raise OptionError(
+                f"temperature={self.temperature!r} must be a positive number; 1 is Bayes' rule."
+            )
         if not _positive(self.learning_rate):
             raise OptionError(f"learning_rate={self.learning_rate!r} must be a positive number.")
         for name in ("epochs", "batch_size"):
@@ -72,7 +74,9 @@ class BNNEstimator(FunctionEstimator):
             if value is not None and not _whole(value):
                 raise OptionError(f"{name}={value!r} must be a whole number of at least 1, or None.")
         if not isinstance(self.network, nn.Module) and self.network != "mlp":
-            raise OptionError(f"network={self.network!r} does not exist; choose 'mlp', or pass a torch module.")
+            raise OptionError(
+                f"network={self.network!r} does not exist; choose 'mlp', or pass a torch module."
+            )
         sizes = list(self.hidden) if isinstance(self.hidden, list | tuple) else [None]
         if not all(_whole(size) for size in sizes):
             raise OptionError(
@@ -132,7 +136,9 @@ class BNNEstimator(FunctionEstimator):
         tensor = lambda a: torch.as_tensor(np.asarray(a), dtype=torch.float64, device=device)  # noqa: E731
         method = self._method()
         parts = input_scaling(x, False) if x.ndim == 2 else channel_scaling(x)
-        scaling = Scaling(**{k: tensor(v) for k, v in parts.items()}, y_shift=tensor(shift), y_scale=tensor(scale))
+        scaling = Scaling(
+            **{k: tensor(v) for k, v in parts.items()}, y_shift=tensor(shift), y_scale=tensor(scale)
+        )
         rows = scaling.inputs(tensor(x))
         network = Network.of(self._module(rows, likelihood.outputs, dtype))
         self.history_: list[dict[str, Any]] = []
@@ -161,7 +167,8 @@ class BNNEstimator(FunctionEstimator):
         self.interrupted_ = self._interrupted_in is not None
         if self.interrupted_:
             warnings.warn(
-                f"Interrupted while fitting {self._interrupted_in}; the best state so far is kept.", stacklevel=3
+                f"Interrupted while fitting {self._interrupted_in}; the best state so far is kept.",
+                stacklevel=3,
             )
         self.diverged_, self.diagnostics_ = report.diverged, report.figures
         self.posterior_ = posterior_of(network, distribution, likelihood, scaling, vector, method.name)
@@ -258,8 +265,12 @@ class BNNRegressor(RegressionFront, BNNEstimator):
             return VaryingNoise(len(scale))
         if self.noise_variance is None:
             return GaussianNoise(len(scale))
-        known = np.broadcast_to(np.asarray(self.noise_variance, dtype=np.float64), scale.shape) / scale**2
-        return GaussianNoise(len(scale), torch.from_numpy(np.log(known)))
+        known = np.asarray(self.noise_variance, dtype=np.float64)
+        if known.shape not in ((), scale.shape):
+            raise OptionError(
+                f"noise_variance={self.noise_variance!r} must be one number, or one for each of {len(scale)} outputs."
+            )
+        return GaussianNoise(len(scale), torch.from_numpy(np.log(known / scale**2)))
 
     def _check_options(self) -> None:
         self._check_shared_options()
@@ -269,10 +280,18 @@ class BNNRegressor(RegressionFront, BNNEstimator):
             )
         if self.noise_variance is not None:
             if self.likelihood == "heteroscedastic":
-                raise OptionError("noise_variance is of constant noise; leave it None, or take likelihood='gaussian'.")
-            numbers = self.noise_variance if isinstance(self.noise_variance, list | tuple) else [self.noise_variance]
+                raise OptionError(
+                    "noise_variance is of constant noise; leave it None, or take likelihood='gaussian'."
+                )
+            numbers = (
+                self.noise_variance
+                if isinstance(self.noise_variance, list | tuple)
+                else [self.noise_variance]
+            )
             if not all(_positive(value) for value in numbers):
-                raise OptionError(f"noise_variance={self.noise_variance!r} must be positive, in squared units of y.")
+                raise OptionError(
+                    f"noise_variance={self.noise_variance!r} must be positive, in squared units of y."
+                )
 
 
 class BNNClassifier(ClassificationFront, BNNEstimator):
@@ -336,11 +355,11 @@ class BNNClassifier(ClassificationFront, BNNEstimator):
 
 def _positive(value: Any) -> bool:
     number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    return number and 0 < value < math.inf
+    return bool(number and 0 < value < math.inf)
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 1
+    return bool(isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 1)
 
 
 def _name(network: Any) -> str:
