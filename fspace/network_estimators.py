@@ -50,7 +50,7 @@ class BNNEstimator(FunctionEstimator):
         """The inference that is asked for. Raises OptionError for one that does not exist."""
         if isinstance(self.inference, str) and self.inference in METHODS:
             return METHODS[self.inference]()
-        if isinstance(self.inference, tuple(METHODS.values())):
+        if isinstance(self.inference, Method):
             return self.inference
         raise OptionError(
             f"inference={self.inference!r} does not exist; choose one of {', '.join(METHODS)}, or pass a method of "
@@ -265,8 +265,12 @@ class BNNRegressor(RegressionFront, BNNEstimator):
             return VaryingNoise(len(scale))
         if self.noise_variance is None:
             return GaussianNoise(len(scale))
-        known = np.broadcast_to(np.asarray(self.noise_variance, dtype=np.float64), scale.shape) / scale**2
-        return GaussianNoise(len(scale), torch.from_numpy(np.log(known)))
+        known = np.asarray(self.noise_variance, dtype=np.float64)
+        if known.shape not in ((), scale.shape):
+            raise OptionError(
+                f"noise_variance={self.noise_variance!r} must be one number, or one for each of {len(scale)} outputs."
+            )
+        return GaussianNoise(len(scale), torch.from_numpy(np.log(known / scale**2)))
 
     def _check_options(self) -> None:
         self._check_shared_options()
@@ -351,11 +355,11 @@ class BNNClassifier(ClassificationFront, BNNEstimator):
 
 def _positive(value: Any) -> bool:
     number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    return number and 0 < value < math.inf
+    return bool(number and 0 < value < math.inf)
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 1
+    return bool(isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 1)
 
 
 def _name(network: Any) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -27,8 +27,13 @@ LOG_NOISE = (
 class NetworkLikelihood(Protocol):
     """What inference over weights asks of a likelihood."""
 
-    outputs: int
-    tail: int
+    @property
+    def outputs(self) -> int:
+        """Outputs of the network."""
+
+    @property
+    def tail(self) -> int:
+        """Numbers that are learned beside the weights."""
 
     def functions(self, f: Tensor) -> Tensor:
         """The part of the outputs that is the function of the contract."""
@@ -71,9 +76,10 @@ class GaussianNoise:
         return self.targets if self.log_variance is None else 0
 
     def log_noise(self, tail: Tensor) -> Tensor:
-        """Log variances [..., t], never below log MIN_NOISE."""
-        known = tail if self.log_variance is None else self.log_variance.to(tail)
-        return torch.logaddexp(known, known.new_tensor(math.log(MIN_NOISE)))
+        """Log variances [..., t]; learned ones never below log MIN_NOISE."""
+        if self.log_variance is not None:
+            return self.log_variance.to(tail)
+        return torch.logaddexp(tail, tail.new_tensor(math.log(MIN_NOISE)))
 
     def functions(self, f: Tensor) -> Tensor:
         return f
@@ -170,8 +176,3 @@ class Classes:
 
     def response(self, f: Tensor) -> Tensor:
         return torch.sigmoid(f) if self.count == 2 else torch.softmax(f, -1)
-
-
-def check_kind(likelihood: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether a likelihood is one of these kinds."""
-    return isinstance(likelihood, kinds)

@@ -8,10 +8,11 @@ from functools import cached_property
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
+from torch.func import functional_call, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fspace.errors import OptionError
+from fspace.inference.weights.layer_calls import Handler, LayerCalls
 from fspace.kernels.extractors import SoftSpectralLinear
 
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -52,6 +53,10 @@ class Network:
                     "moves in training, so its output is no function of the weights alone; take a network without "
                     "batch norm and spectral norm, such as MLP or ConvNet."
                 )
+            if getattr(part, "groups", 1) != 1:
+                raise OptionError(
+                    f"network: {name} is a convolution in groups, which is not supported; take groups=1."
+                )
         return Network(module.eval().requires_grad_(False))
 
     @cached_property
@@ -76,7 +81,7 @@ class Network:
         at = 0
         for name, size in zip(self.shapes, self.sizes):
             starts[name], at = at, at + size
-        layers = []
+        layers: list[Layer] = []
         for name, part in self.module.named_modules():
             if not isinstance(part, WEIGHTED):
                 continue
@@ -104,19 +109,18 @@ class Network:
         """Outputs under one vector of weights."""
         return functional_call(self.module, self.parameters(w), (x,))
 
+    def watched(self, w: Float[Tensor, " p"], x: Tensor, handler: Handler) -> Float[Tensor, "n o"]:
+        """Outputs where `handler` answers for the layers, by their position (see `LayerCalls`)."""
+        own = self.parameters(w)
+        keys = {layer.position: f"{layer.name}.weight" if layer.name else "weight" for layer in self.layers}
+        with LayerCalls(handler, {id(own[key]): position for position, key in keys.items()}):
+            return functional_call(self.module, own, (x,))
+
     def many(self, w: Float[Tensor, "s p"], x: Tensor) -> Float[Tensor, "s n o"]:
         """Outputs under each of s vectors."""
         if len(w) == 1:
             return self(w[0], x)[None]
         return vmap(self, in_dims=(0, None))(w, x)
-
-    def jacobian(self, w: Float[Tensor, " p"], x: Tensor) -> Float[Tensor, "n o p"]:
-        """Derivatives of the outputs of every row."""
-
-        def of_row(row: Tensor) -> Tensor:
-            return jacrev(lambda v: self(v, row[None])[0])(w)
-
-        return vmap(of_row)(x)
 
     def initial(self, s: int, generator: torch.Generator) -> Float[Tensor, "s p"]:
         """s random starts: weights of each layer from N(0, 2 / fan-in) (He et al. 2015; the last layer: 1 / fan-in),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,11 +12,17 @@ from torch import Tensor
 
 from fspace.errors import DataError
 from fspace.inference.gp import Scaling
-from fspace.inference.weights.distributions import StateDistribution
-from fspace.inference.weights.likelihoods import Classes, NetworkLikelihood
+from fspace.inference.weights.curvature import NUMBERS, Region, jacobian
+from fspace.inference.weights.distributions import (
+    LOCAL,
+    DiagonalPrecision,
+    LowRankPrecision,
+    StateDistribution,
+)
+from fspace.inference.weights.likelihoods import Classes, GaussianNoise, NetworkLikelihood
 from fspace.inference.weights.network import Network
 from fspace.posterior import FunctionDraws, FunctionPosterior
-from fspace.predictive import Predictive, Samples, as_tensor, check_count, generator_for
+from fspace.predictive import Gaussian, Predictive, Samples, as_tensor, check_count, generator_for
 
 SAMPLES = 128  # states behind latent and observed, where a distribution has infinitely many
 VALUES = 2**22  # hidden values that are held at once
@@ -36,13 +44,14 @@ class NetworkPosterior(FunctionPosterior):
         vector: bool = True,
         method: str = "",
     ):
-        self.network, self.distribution, self.likelihood = network, distribution, likelihood
+        # trained in float32, used in float64: what is said of a row does not depend on the rows beside it
+        self.network = Network.of(copy.deepcopy(network.module).double())
+        self.distribution, self.likelihood = distribution, likelihood
         self.scaling, self.method = scaling, method
         self.num_outputs = len(scaling.y_shift)
         self.num_inputs = scaling.shift.shape[0]
         self.vector = vector and self.num_outputs == 1
-        some = next(network.module.parameters())
-        self._dtype, self._device = some.dtype, some.device
+        self._device = next(network.module.parameters()).device
         self._states: Tensor | None = distribution.fixed()
 
     @property
@@ -62,15 +71,18 @@ class NetworkPosterior(FunctionPosterior):
         fits = x.ndim > len(row) and all(a in (1, b) for a, b in zip(row, x.shape[-len(row) :]))
         if not fits or x.ndim > 4:
             raise DataError(f"x must have shape [n, {self.num_inputs}]; it has {tuple(x.shape)}.")
-        return self.scaling.inputs(x).to(self._dtype)
+        return self.scaling.inputs(x)
 
     def outputs(self, states: Float[Tensor, "s q"], rows: Tensor) -> Float[Tensor, "s n o"]:
         """What the network says under each state, in float64; some rows at a time."""
-        w = states[:, : self.network.size]
+        w = states[:, : self.network.size].double()
+        size = max(1, VALUES // (len(states) * self._width(rows)))
+        return torch.cat([self.network.many(w, part) for part in rows.split(size)], dim=1)
+
+    def _width(self, rows: Tensor) -> int:
+        """Values of a layer at one row; of images and sequences at every position."""
         width = max(layer.shape[0] for layer in self.network.layers)
-        width *= rows.shape[1:].numel() if rows.ndim > 2 else 1  # of images and sequences, at every position
-        size = max(1, VALUES // (len(states) * width))
-        return torch.cat([self.network.many(w, part) for part in rows.split(size)], dim=1).double()
+        return width * (rows.shape[1:].numel() if rows.ndim > 2 else 1)
 
     def _tail(self, states: Float[Tensor, "s q"]) -> Float[Tensor, "s r"]:
         return states[:, self.network.size :].double()
@@ -111,6 +123,99 @@ class NetworkPosterior(FunctionPosterior):
         return self.likelihood.response(f)
 
 
+class LinearisedPosterior(NetworkPosterior):
+    """A Gaussian over weights around one state, seen through the network linearised there: f(x) is Gaussian, with the
+    network's own answer as mean and J C J' as covariance. Draws move the weights along this tangent.
+
+    Source: Immer, Korzepa and Bauer (2021).
+    """
+
+    distribution: Any
+
+    @property
+    def _mean(self) -> tuple[Tensor, Tensor]:
+        theta = self.distribution.mean.double()
+        return theta[: self.network.size], theta[self.network.size :]
+
+    @property
+    def _region(self) -> Region:
+        first = self.distribution.first
+        sizes = {LowRankPrecision: "scale", DiagonalPrecision: "deviation"}
+        name = sizes.get(type(self.distribution))
+        size = self.distribution.size if name is None else len(getattr(self.distribution, name))
+        return Region(first, first + size)
+
+    def _jacobians(self, rows: Tensor) -> Iterator[Tensor]:
+        at_once = max(1, NUMBERS // (self._region.size * self.likelihood.outputs))
+        for part in rows.split(at_once):
+            yield jacobian(self.network, self._mean[0], part, self._region)
+
+    def _moments(self, x: Any, noise: bool) -> Gaussian:
+        rows = self.rows(x)
+        scale, shift = self.scaling.y_scale, self.scaling.y_shift
+        f = self.outputs(self.distribution.mean[None], rows)[0]
+        variance = torch.cat([self.distribution.variance(j) for j in self._jacobians(rows)])
+        aleatoric = torch.zeros_like(f)
+        if noise:
+            assert isinstance(self.likelihood, GaussianNoise)
+            aleatoric = self.likelihood.log_noise(self._mean[1]).exp().expand_as(f) * scale.square()
+        mean, variance = f * scale + shift, variance * scale.square() + aleatoric
+
+        def joint() -> Tensor:
+            j = torch.cat(list(self._jacobians(rows))).movedim(1, 0)  # [t, n, r]
+            parts = [self.distribution.covariance(part, part) for part in j]
+            total = torch.stack(parts) * scale.square()[:, None, None]
+            total = 0.5 * (total + total.mT) + torch.diag_embed(aleatoric.mT)
+            return total[0] if self.vector else total
+
+        if self.vector:
+            return Gaussian(mean[:, 0], variance[:, 0], joint, aleatoric[:, 0], outputs=0)
+        return Gaussian(mean, variance, joint, aleatoric, outputs=self.num_outputs)
+
+    def latent(self, x: Any) -> Gaussian:
+        """Predictive of f at x [n, *row]; the covariance only when it is asked for."""
+        return self._moments(x, noise=False)
+
+    def observed(self, x: Any) -> Predictive:
+        """Predictive of y at x [n, *row]: Gaussian; of classes, averaged over 128 draws of the function."""
+        if not isinstance(self.likelihood, Classes):
+            return self._moments(x, noise=True)
+        if self._moves is None:
+            self._moves = self.distribution.deviations(SAMPLES, generator_for(0, torch.device("cpu")))
+        f = self._along(self._moves, self.rows(x))
+        return self.likelihood.observed(f, self._mean[1], self.scaling.y_scale, self.scaling.y_shift)
+
+    _moves: Tensor | None = None
+
+    def _along(self, moves: Float[Tensor, "s r"], rows: Tensor) -> Float[Tensor, "s n o"]:
+        """Outputs linearised in the weights, moved by each of `moves`."""
+        w, region = self._mean[0], self._region
+        tangents = torch.zeros(len(moves), self.network.size, dtype=w.dtype, device=w.device)
+        tangents[:, region.first : region.last] = moves.to(w)
+
+        def along(part: Tensor) -> Tensor:
+            def one(tangent: Tensor) -> Tensor:
+                moved: Any = torch.func.jvp(lambda v: self.network(v, part), (w,), (tangent,))
+                return moved[0] + moved[1]
+
+            return torch.func.vmap(one)(tangents)
+
+        size = max(1, VALUES // (len(moves) * self._width(rows)))
+        return torch.cat([along(part) for part in rows.split(size)], dim=1)
+
+    def draw(self, n: int = 1, seed: int | None = None) -> FunctionDraws:
+        """n functions, each of one move of the weights."""
+        moves = self.distribution.deviations(check_count(n, 1), generator_for(seed, torch.device("cpu")))
+        return FunctionDraws([self._tangent(move[None]) for move in moves])
+
+    def _tangent(self, move: Float[Tensor, "1 r"]):  # type: ignore[no-untyped-def]
+        def function(x: Any) -> Tensor:
+            f = self._along(move, self.rows(x))
+            return self._shaped(f * self.scaling.y_scale + self.scaling.y_shift)[0]
+
+        return function
+
+
 def posterior_of(
     network: Network,
     distribution: StateDistribution,
@@ -119,5 +224,7 @@ def posterior_of(
     vector: bool,
     method: str,
 ) -> NetworkPosterior:
-    """The posterior over functions that a distribution over states defines."""
-    return NetworkPosterior(network, distribution, likelihood, scaling, vector, method)
+    """The posterior over functions that a distribution over states defines: linearised where it is a Gaussian around
+    one state that was made from the curvature there."""
+    kind = LinearisedPosterior if isinstance(distribution, LOCAL) else NetworkPosterior
+    return kind(network, distribution, likelihood, scaling, vector, method)
