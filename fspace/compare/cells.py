@@ -38,13 +38,14 @@ class Budget:
     """What every method gets for one cell. seconds: wall time for search and fit together; epochs: of those methods
     that count them (None: as they come); trials: settings tried on a validation part of the training rows."""
 
-    seconds: float = 60.0
+    seconds: int | float = 60.0
     epochs: int | None = None
     trials: int = 1
 
     def __post_init__(self) -> None:
         if not self.seconds > 0:
             raise OptionError(f"seconds={self.seconds!r} of a budget must be positive.")
+        object.__setattr__(self, "seconds", float(self.seconds))  # 30 is the budget that 30.0 is
         for name in ("epochs", "trials"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int | np.integer) or value < 1):
