@@ -239,3 +239,21 @@ def test_batches_that_do_not_fit_are_refused():
         metrics.joint_log_likelihood(Y, ENSEMBLE, np.array([[0.5, 1.0]]))
     with pytest.raises(DataError, match="no joint density"):
         metrics.joint_log_likelihood(Y, Samples(tensor(MEAN)), np.array([[0, 1]]))
+
+
+def test_predictives_may_be_on_any_device(device):
+    """The same figures, wherever the tensors are."""
+    moved = Gaussian(GAUSSIAN.mean.to(device), GAUSSIAN.variance.to(device))
+    for metric in (
+        metrics.log_likelihood,
+        metrics.rmse,
+        metrics.crps,
+        metrics.coverage,
+        metrics.calibration_error,
+    ):
+        assert metric(torch.as_tensor(Y, device=device), moved) == pytest.approx(
+            metric(Y, GAUSSIAN), rel=1e-9
+        )
+    probs = Categorical(tensor(PROBS).to(device))
+    assert metrics.log_likelihood(LABELS, probs) == pytest.approx(-log_loss(LABELS, PROBS))
+    assert metrics.brier(LABELS, probs) == metrics.brier(LABELS, PROBS)
