@@ -234,6 +234,11 @@ def time_limit(seconds: float) -> Iterator[Limit]:
         os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.signal(signal.SIGALRM, ring)
+    ignored = (
+        signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    )  # as a shell starts what runs in the background
+    if ignored:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, seconds, max(seconds, LEAST_GRACE))
     try:
         yield limit
@@ -244,6 +249,8 @@ def time_limit(seconds: float) -> Iterator[Limit]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # ---- predicting ----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import signal
 import sys
 from pathlib import Path
 
@@ -135,6 +136,16 @@ def test_the_budget_ends_a_fit():
     assert 0.2 < row["fit_seconds"] < 10
     row = one(made.Slow(keep=False), budget=Budget(0.3))
     assert row["status"] == "failed" and "did not end within 0.3 s" in row["reason"] and row["scores"] == {}
+
+
+def test_the_budget_holds_where_ctrl_c_is_ignored():
+    """As in a process that a shell started in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert one(made.Slow(), budget=Budget(0.3))["status"] == "stopped"
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_gp_stopped_by_the_budget_is_measured():
