@@ -52,6 +52,8 @@ def jacobian(network: Network, w: Float[Tensor, " p"], x: Tensor, region: Region
 
         return torch.func.jacrev(outputs)(w[region.first : region.last])
 
+    if x.ndim == 3:  # networks for sequences look at the lengths of rows, which vmap cannot
+        return torch.stack([of_row(row) for row in x]).double()
     return torch.func.vmap(of_row)(x).double()
 
 
@@ -89,12 +91,12 @@ def full(
         b = torch.cat(list(rooted_jacobians(problem, theta, region, rows)))
         values, vectors = torch.linalg.eigh(b @ b.mT)
         keep = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
-        return values[keep], b.mT @ vectors[:, keep] / values[keep].sqrt()
+        return values[keep], (b.mT @ vectors[:, keep] / values[keep].sqrt()).contiguous()
     h = problem.scales.new_zeros(region.size, region.size)
     for b in rooted_jacobians(problem, theta, region, rows):
         h += b.mT @ b
     values, vectors = torch.linalg.eigh(h)
-    return values.clamp(min=0.0), vectors
+    return values.clamp(min=0.0), vectors.contiguous()  # of a file they come back so, to the last bit
 
 
 @torch.no_grad()
@@ -136,7 +138,9 @@ def kronecker(problem: Problem, theta: Float[Tensor, " q"], layers: list[Layer])
             column[-1] = problem.scales[layer.bias[0]]
         a = torch.linalg.eigh(inner[k] * column[:, None] * column)
         g = torch.linalg.eigh(outer[k] / (problem.n * positions[k]))
-        factors.append(Factors(a[0].clamp(min=0.0), a[1], g[0].clamp(min=0.0), g[1]))
+        factors.append(
+            Factors(a[0].clamp(min=0.0), a[1].contiguous(), g[0].clamp(min=0.0), g[1].contiguous())
+        )
     return factors
 
 

@@ -31,10 +31,12 @@ class Dropout:
     """Monte Carlo dropout before every layer (of images: of whole channels).
 
     rate: None: of 0.01, 0.05, 0.1 and 0.2 the one whose predictive density of a fifth of the rows is greatest, which
-    is then trained on all rows. It claims no posterior.
+    is then trained on all rows. decay: how often the log prior counts (the masks are what it is regularised by). It
+    claims no posterior.
     """
 
     rate: float | None = None
+    decay: float = 0.01
     name: ClassVar[str] = "dropout"
 
     def __post_init__(self) -> None:
@@ -45,21 +47,23 @@ class Dropout:
         """The state and the rate."""
         problem.require_bayes(self.name)
         rate = self.rate
+        if not self.decay >= 0:
+            raise OptionError(f"decay={self.decay!r} must be at least 0.")
         if rate is None:
-            rate = _best_rate(problem) if problem.n >= LEAST_HELD_OUT else RATES[1]
+            rate = _best_rate(problem, self.decay) if problem.n >= LEAST_HELD_OUT else RATES[1]
         problem.report.figures["rate"] = rate
         rates = torch.tensor([rate], device=problem.x.device)
-        found = train(problem, problem.start(1), _dropping(problem, rates), "dropout")
+        found = train(problem, problem.start(1), _dropping(problem, rates, self.decay), "dropout")
         return _dropped(problem, found.theta[0], rate), problem.likelihood
 
 
-def _best_rate(problem: Problem) -> float:
+def _best_rate(problem: Problem, decay: float) -> float:
     """The rate under which rows that were not learned from are most probable."""
     held_out = held_out_rows(problem, 1, 0.2)
     kept = ~held_out
     rates = torch.tensor(RATES, device=problem.x.device)
     start = problem.start(1).expand(len(RATES), -1).clone()
-    found = train(problem, start, _dropping(problem, rates, kept[0]), "dropout: the rate", stream=3)
+    found = train(problem, start, _dropping(problem, rates, decay, kept[0]), "dropout: the rate", stream=3)
     rows = held_out[0].nonzero()[:, 0]
     scores = []
     with torch.no_grad():
@@ -75,7 +79,7 @@ def _dropped(problem: Problem, theta: Float[Tensor, " q"], rate: float) -> Dropp
     return Dropped(theta, rate, tuple((layer.weight[0], layer.shape) for layer in problem.network.layers))
 
 
-def _dropping(problem: Problem, rates: Float[Tensor, " s"], kept: Tensor | None = None) -> Loss:
+def _dropping(problem: Problem, rates: Float[Tensor, " s"], decay: float, kept: Tensor | None = None) -> Loss:
     """Minus the log joint density a row, each row of each state under masks of its own."""
     generator = problem.generator(5)
     network = problem.network
@@ -102,8 +106,11 @@ def _dropping(problem: Problem, rates: Float[Tensor, " s"], kept: Tensor | None 
         f = torch.func.vmap(pass_, in_dims=(0, None, 0))(w, x, masks)
         density = problem.likelihood.log_prob(f, tail, y)
         if kept is None:
-            return -density.mean(-1) - problem.log_prior(theta) / problem.n
+            return -density.mean(-1) - decay * problem.log_prior(theta) / problem.n
         mine = kept[rows].to(density)
-        return -(density * mine).sum(-1) / mine.sum().clamp(min=1.0) - problem.log_prior(theta) / kept.sum()
+        return (
+            -(density * mine).sum(-1) / mine.sum().clamp(min=1.0)
+            - decay * problem.log_prior(theta) / kept.sum()
+        )
 
     return loss

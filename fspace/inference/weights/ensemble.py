@@ -41,13 +41,16 @@ class Ensemble:
     """Deep ensemble: `members` networks from different starts, equally weighted. It claims no posterior.
 
     held_out: share of the rows, another draw for each member, on which its best look is chosen (0: trained to the end
-    on all rows). adversarial: the size of an extra step of the inputs against each row (fast gradient sign, in units
-    of scaled x), trained on beside the rows themselves; 0: none.
+        on all rows).
+    decay: how often the log prior counts; the method itself has no prior but the stopping (1: as in `MAP`).
+    adversarial: the size of an extra step of the inputs against each row (fast gradient sign, in units of scaled x),
+        trained on beside the rows themselves; 0: none.
     Source: Lakshminarayanan, Pritzel and Blundell (2017).
     """
 
     members: int = 5
     held_out: float = 0.1
+    decay: float = 0.1
     adversarial: float = 0.0
     name: ClassVar[str] = "ensemble"
 
@@ -56,6 +59,8 @@ class Ensemble:
             raise OptionError(f"members={self.members!r} must be a whole number of at least 1.")
         if not 0 <= self.held_out < 1:
             raise OptionError(f"held_out={self.held_out!r} must be at least 0 and below 1.")
+        if not self.decay >= 0:
+            raise OptionError(f"decay={self.decay!r} must be at least 0.")
         if not self.adversarial >= 0:
             raise OptionError(f"adversarial={self.adversarial!r} must be at least 0.")
 
@@ -66,16 +71,16 @@ class Ensemble:
         if self.held_out > 0 and problem.n >= LEAST_HELD_OUT:
             held_out = held_out_rows(problem, self.members, self.held_out)
             kept = ~held_out
-        loss = negative_log_joint(problem, kept)
+        loss = negative_log_joint(problem, kept, self.decay)
         if self.adversarial:
-            loss = _against(problem, kept, self.adversarial)
+            loss = _against(problem, kept, self.adversarial, self.decay)
         found = train(problem, problem.start(self.members), loss, "ensemble", held_out)
         if held_out is not None:
             problem.report.figures["held_out_scores"] = found.scores.tolist()
         return Points(found.theta), problem.likelihood
 
 
-def _against(problem: Problem, kept: Tensor | None, size: float) -> Loss:
+def _against(problem: Problem, kept: Tensor | None, size: float, decay: float) -> Loss:
     """The mean of the loss at the rows and at rows moved by `size` in the direction that hurts each member most."""
 
     def loss(theta: Tensor, rows: Tensor, step: Tensor) -> Tensor:
@@ -88,7 +93,7 @@ def _against(problem: Problem, kept: Tensor | None, size: float) -> Loss:
         mine = torch.ones_like(both) if kept is None else kept[:, rows].to(both)
         count = problem.n if kept is None else kept.sum(-1)
         mean = (both * mine).sum(-1) / mine.sum(-1).clamp(min=1.0)
-        return -mean - problem.log_prior(theta) / count
+        return -mean - decay * problem.log_prior(theta) / count
 
     return loss
 
@@ -96,7 +101,7 @@ def _against(problem: Problem, kept: Tensor | None, size: float) -> Loss:
 def _each(problem: Problem, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Log densities [s, b] of rows x [s, b, *row], each state with its own."""
     w, tail = problem.split(theta)
-    f = torch.func.vmap(problem.network)(w, x)
+    f = torch.stack([problem.network(a, b) for a, b in zip(w, x)])
     return problem.likelihood.log_prob(f, tail, y)
 
 

@@ -31,18 +31,18 @@ class Trained:
     done: bool
 
 
-def negative_log_joint(problem: Problem, kept: Bool[Tensor, "s n"] | None = None) -> Loss:
+def negative_log_joint(problem: Problem, kept: Bool[Tensor, "s n"] | None = None, decay: float = 1.0) -> Loss:
     """Minus the log joint density a row: the log likelihood of a batch scaled to all rows, plus the log prior.
 
-    kept: rows that each state learns from (None: all)."""
+    kept: rows that each state learns from (None: all). decay: how often the log prior counts."""
 
     def loss(theta: Tensor, rows: Tensor, step: Tensor) -> Tensor:
         density = problem.log_likelihood(theta, problem.x[rows], problem.y[rows])
         if kept is None:
-            return -density.mean(-1) - problem.log_prior(theta) / problem.n
+            return -density.mean(-1) - decay * problem.log_prior(theta) / problem.n
         mine = kept[:, rows].to(density)
         mean = (density * mine).sum(-1) / mine.sum(-1).clamp(min=1.0)
-        return -mean - problem.log_prior(theta) / kept.sum(-1)
+        return -mean - decay * problem.log_prior(theta) / kept.sum(-1)
 
     return loss
 
