@@ -12,11 +12,12 @@ from typing import Any
 from fspace.columns import suggest
 from fspace.compare.cells import Method
 from fspace.errors import OptionError
+from fspace.inference.weights import METHODS as KINDS
 
 HIDDEN, ACTIVATION = (50,), "relu"
 
 # inference of BNNRegressor and BNNClassifier: what tables call it, what it is
-NETWORKS = {
+WORDS = {
     "map": ("MAP", "one network at the mode of its posterior (weight decay)"),
     "ensemble": ("deep ensemble", "five networks from different starts (Lakshminarayanan et al. 2017)"),
     "dropout": ("dropout", "Monte Carlo dropout (Gal and Ghahramani 2016)"),
@@ -32,7 +33,8 @@ NETWORKS = {
     "fvi": ("function-space VI", "a network fitted to a Gaussian-process prior (Sun et al. 2019)"),
     "functional_prior": ("functional prior", "weights' prior tuned to a Gaussian process (Tran et al. 2022)"),
 }
-REFERENCE, WIDE = NETWORKS["nuts"][0], "wide network"
+NETWORKS = {name: WORDS.get(name, (name, "")) for name in KINDS}
+REFERENCE, WIDE = WORDS["nuts"][0], "wide network"
 
 
 def _network(inference: str) -> Callable[[], Method]:
@@ -89,8 +91,12 @@ METHODS: dict[str, Callable[[], Method]] = {
     **{name.replace("_", "-"): _network(name) for name in NETWORKS},
     "linear": _linear,
 }
-# in the order of tables; on classes without HMC, which is slow there, and without the exact limit
-DEFAULT = ("wide", "nuts", "gp", "map", "ensemble", "dropout", "mfvi", "laplace", "swag", "linear")
+# in the order of tables, the reference first
+DEFAULT = tuple(
+    name
+    for name in ("nuts", "wide", "gp", "map", "ensemble", "dropout", "mfvi", "laplace", "swag", "linear")
+    if name in METHODS
+)
 
 
 def named_methods(names: Sequence[str] | None = None) -> list[Method]:
