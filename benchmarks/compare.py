@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from fspace.compare.methods import METHODS, NETWORKS
 from fspace.compare.problems import Dataset
 from fspace.compare.ranks import higher_is_better, rank, standard_error
 from fspace.compare.sentences import difference, empty_widths
+from fspace.compare.study import JOURNAL, Journal
 from fspace.datasets import UCI_TABLES
 
 PARTS = ("between", "outside", "uci", "gap")
@@ -63,7 +65,25 @@ def run(part: str, args: argparse.Namespace, folder: Path) -> Results:
     def tell(stage: str = "", done: int = 0, total: int = 0) -> None:
         common.say(f"{part}: {done} of {total}, {time.perf_counter() - started:.0f} s, {stage}")
 
-    return study.run(jobs=args.jobs, tell=tell)
+    results = study.run(jobs=args.jobs, tell=tell)
+    return replace(results, rows=everything(folder / part / JOURNAL))
+
+
+def everything(journal: Path) -> list[dict[str, Any]]:
+    """The rows of all runs with this folder, small tables first: a folder belongs to one budget."""
+    rows = Journal(journal).rows.values()
+    place = {name: i for i, name in enumerate([*SIZE, *(f"{table} gap" for table in SIZE)])}
+    latest = {(row["dataset"], row["split"], row["method"]): row for row in rows}
+    names = [named_methods([name])[0].name for name in METHODS]
+    return sorted(
+        latest.values(),
+        key=lambda row: (
+            place.get(row["dataset"], 0),
+            row["dataset"],
+            row["split"],
+            names.index(row["method"]),
+        ),
+    )
 
 
 def summarise(results: Results) -> dict[str, Any]:
@@ -186,7 +206,9 @@ def main() -> None:
     parser.add_argument("--methods", default="", help=f"by name, with commas: {', '.join(METHODS)}")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of wall time a fit")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="fits at a time")
-    parser.add_argument("--folder", default="compare-cells", help="where finished cells are kept")
+    parser.add_argument(
+        "--folder", default="compare-cells", help="where finished fits are kept; one for each budget"
+    )
     args = parser.parse_args()
     path = common.RESULTS / "compare.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
