@@ -95,7 +95,7 @@ def summarise(results: Results) -> dict[str, Any]:
             if task == "regression"
             else ["log_likelihood", "accuracy"]
         )
-        kinds += ["joint_log_likelihood", "calibration_error", "augrc", "fit_seconds"]
+        kinds += ["joint_log_likelihood", "calibration_error", "augrc", "fit_seconds", "cpu_seconds"]
         if task == "classification":
             kinds += [f"auroc, {m}" for m in ("largest probability", "entropy", "mutual information")] + [
                 "fpr95, entropy"
@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--tables", default=",".join(UCI_TABLES), help="of uci and gap")
     parser.add_argument("--splits", type=int, default=20, help="how many of each data set, from the first")
     parser.add_argument("--methods", default="", help=f"by name, with commas: {', '.join(METHODS)}")
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds of wall time a fit")
+    parser.add_argument("--budget", type=float, default=300.0, help="seconds of wall time a fit")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="fits at a time")
     parser.add_argument(
         "--folder", default="compare-cells", help="where finished fits are kept; one for each budget"

@@ -374,10 +374,10 @@ def compare(result: dict[str, Any]) -> str:
         parts.append(_between(result["between"]))
     for name, r in (result["outside"]["tables"] if "outside" in result else {}).items():
         kinds = ("accuracy", "log_likelihood", "calibration_error", "auroc, largest probability", "auroc, entropy",
-                 "auroc, mutual information", "fit_seconds")  # fmt: skip
+                 "auroc, mutual information", "cpu_seconds")  # fmt: skip
         body = [[m, *(_with_error(f.get(kind)) for kind in kinds)] for m, f in r["methods"].items()]
         head = ["method", "accuracy", "log-likelihood", "calibration error", "AUROC, largest probability",
-                "AUROC, entropy", "AUROC, mutual information", "seconds"]  # fmt: skip
+                "AUROC, entropy", "AUROC, mutual information", "processor seconds"]  # fmt: skip
         parts.append(f"### {name}: {r['splits']} splits\n\n" + table(head, body))
     for part, words in (
         ("uci", "the published splits"),
@@ -389,14 +389,14 @@ def compare(result: dict[str, Any]) -> str:
         for kind, title in (
             ("log_likelihood", "test log-likelihood"),
             ("rmse", "test RMSE"),
-            ("fit_seconds", "seconds a fit"),
+            ("cpu_seconds", "processor seconds a fit"),
         ):
             methods = dict.fromkeys(m for r in tables.values() for m in r["methods"])
             body = [
                 [m, *(_with_error(r["methods"].get(m, {}).get(kind)) for r in tables.values())]
                 for m in methods
             ]
-            if part == "uci" and kind != "fit_seconds":
+            if part == "uci" and kind != "cpu_seconds":
                 rows = published.RMSE if kind == "rmse" else published.LOG_LIKELIHOOD
                 body += [[f"*{name}*", *(rows[name][t] for t in tables)] for name in _ROWS if name in rows]
             splits = ", ".join(f"{name} {r['splits']}" for name, r in tables.items())
@@ -447,7 +447,7 @@ def _between(result: dict[str, Any]) -> str:
             own = scores.get(name, {})
             body.append([
                 label, *(_with_error(r.get(kind)) for kind in kinds), _with_error(own.get("log_likelihood")),
-                _with_error(own.get("fit_seconds")),
+                _with_error(own.get("cpu_seconds")),
             ])  # fmt: skip
         head = [
             "method",

@@ -11,7 +11,7 @@ from fspace.compare import Budget, InBetween, Study, named_methods
 from fspace.compare.pictures import bands
 from fspace.compare.sentences import empty_widths
 
-methods = named_methods(["wide", "gp-rbf", "map", "ensemble", "mfvi", "laplace", "dropout", "swag"])
+methods = named_methods(["wide", "gp-rbf", "map", "ensemble", "mfvi", "laplace", "dropout"])
 results = Study([InBetween()], methods, splits=1, budget=Budget(seconds=12)).run()
 distances = results.distances("in-between", "wide network", InBetween.noise**2).xs(0, level="split")
 widths = empty_widths(results, "in-between", "wide network").loc[0]

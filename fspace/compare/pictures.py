@@ -32,7 +32,7 @@ METRIC_WORDS = {
     "rmse": "RMSE", "crps": "CRPS", "calibration_error": "calibration error", "coverage_90": "90% interval coverage",
     "width_90": "90% interval width", "sharpness": "sharpness", "accuracy": "accuracy", "brier": "Brier score",
     "calibration_error_width": "calibration error, equal width", "aurc": "AURC", "augrc": "AUGRC",
-    "fit_seconds": "seconds to fit", "predict_seconds": "seconds to predict",
+    "fit_seconds": "seconds to fit", "cpu_seconds": "processor seconds to fit", "predict_seconds": "seconds to predict",
 }  # fmt: skip
 
 

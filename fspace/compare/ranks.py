@@ -18,7 +18,7 @@ from fspace.errors import DataError, OptionError
 
 LOWER_IS_BETTER = (
     "rmse", "crps", "calibration_error", "calibration_error_width", "width_90", "sharpness", "brier", "aurc", "augrc",
-    "fit_seconds", "predict_seconds",
+    "fit_seconds", "cpu_seconds", "predict_seconds",
 )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ class Results:
         lines = []
         for row in self.rows:
             common = {key: row[key] for key in ("dataset", "task", "split", "method", "status")}
-            scores = row["scores"] | {k: row[k] for k in ("fit_seconds", "predict_seconds") if k in row}
+            scores = row["scores"] | {k: row[k] for k in TIMES if k in row}
             lines += [{**common, "metric": name, "value": value} for name, value in scores.items()]
             if not scores:
                 lines.append({**common, "metric": "none", "value": float("nan")})
@@ -134,9 +134,10 @@ def halves(whole: Functions) -> tuple[Functions, Functions]:
     return first, second
 
 
+TIMES = ("fit_seconds", "cpu_seconds", "predict_seconds")
 _COMMON = ("dataset", "task", "split", "method", "status")
 
 
 def _scores(row: Mapping[str, Any]) -> dict[str, float]:
-    times = {name: row[name] for name in ("fit_seconds", "predict_seconds") if name in row}
+    times = {name: row[name] for name in TIMES if name in row}
     return dict(row["scores"]) | times
