@@ -4,6 +4,7 @@ for a command, so help is quick."""
 from __future__ import annotations
 
 import io
+import math
 import re
 import sys
 import warnings
@@ -165,7 +166,7 @@ def compare(
         str | None, typer.Option(help="Methods by name, with commas; a name that does not exist lists them.")
     ] = None,
     splits: Annotated[int, typer.Option(help="Random splits of each data set.")] = 3,
-    budget: Annotated[float, typer.Option(help="Seconds of wall time that every fit may take.")] = 60.0,
+    budget: Annotated[float, typer.Option(help="Seconds of wall time that every fit may take.")] = 30.0,
     categorical: Annotated[
         list[str] | None, typer.Option(help="Column to read as a category; several times for several.")
     ] = None,
@@ -340,9 +341,8 @@ def _print_comparison(summary: dict[str, Any]) -> None:
         for words in ("", "log-likelihood per point", "standard error", "seconds to fit"):
             table.add_column(words, justify="right" if words else "left")
         for name, row in sorted(methods.items(), key=lambda item: -item[1]["log_likelihood"]):
-            table.add_row(
-                name, *(f"{row[key]:.3g}" for key in ("log_likelihood", "standard_error", "fit_seconds"))
-            )
+            figures = [row[key] for key in ("log_likelihood", "standard_error", "fit_seconds")]
+            table.add_row(name, *(f"{figure:.3g}" if math.isfinite(figure) else "-" for figure in figures))
         console.print(table)
     lines = [f"- {sentence}" for sentence in summary["findings"]]
     lines += [

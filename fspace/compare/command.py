@@ -35,7 +35,7 @@ class CompareRun:
     task: str = "regression"
     methods: Sequence[str] = ()
     splits: int = 3
-    budget: float = 60.0
+    budget: float = 30.0
     categorical: Sequence[str] = ()
     drop: Sequence[str] = ()
     missing: str = "error"
