@@ -126,7 +126,7 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
     """Small axes, up to four in a row."""
     from matplotlib.figure import Figure
 
-    columns = min(4, count) if count != 5 else 3
+    columns = count if count <= 4 else min((4, 3), key=lambda c: -count % c)  # the fewest empty places
     lines = -(-count // columns)
     figure = Figure(figsize=(3.2 * columns, 2.5 * lines + 0.35), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).ravel().tolist()
