@@ -55,6 +55,26 @@ class Diagonal:
 
 
 @dataclass(frozen=True, eq=False)
+class LowRankPaths:
+    """Gaussians from paths, equally probable: mean [m, q], variance [m, q] and k deviations [m, k, q], of whose sum
+    of squares / (k - 1) and the variance each makes half of the covariance. Source: Maddox et al. (2019), eq. 1."""
+
+    mean: Float[Tensor, "m q"]
+    variance: Float[Tensor, "m q"]
+    deviations: Float[Tensor, "m k q"]
+
+    def sample(self, n: int, generator: torch.Generator) -> Float[Tensor, "n q"]:
+        m, k, q = self.deviations.shape
+        picks = torch.randint(m, (n,), generator=generator, device=generator.device).to(self.mean.device)
+        alone = white((n, q), self.mean, generator) * (0.5 * self.variance[picks]).sqrt()
+        along = white((n, k), self.mean, generator) / (2.0 * max(k - 1, 1)) ** 0.5
+        return self.mean[picks] + alone + torch.einsum("nk,nkq->nq", along, self.deviations[picks])
+
+    def fixed(self) -> Float[Tensor, "s q"] | None:
+        return None
+
+
+@dataclass(frozen=True, eq=False)
 class Dropped:
     """One state [q] whose layers' inputs are each dropped with probability rate, the others divided by 1 - rate.
 
@@ -226,4 +246,4 @@ LOCAL = (
     DiagonalPrecision,
     KroneckerPrecision,
 )  # around one state: what can be linearised there
-DISTRIBUTIONS = {kind.__name__: kind for kind in (Points, Diagonal, Dropped, *LOCAL)}
+DISTRIBUTIONS = {kind.__name__: kind for kind in (Points, Diagonal, LowRankPaths, Dropped, *LOCAL)}

@@ -65,8 +65,7 @@ class Laplace:
         if self.structure == "full":
             check_size(region.size, problem.n * problem.likelihood.outputs)
         rows = torch.arange(problem.n, device=problem.x.device)
-        fitted = mode_and_factors(problem, self, region, rows, self.structure)
-        return fitted
+        return mode_and_factors(problem, self, region, rows, self.structure, self.name)
 
 
 def check_size(weights: int, numbers: int) -> None:
@@ -80,18 +79,16 @@ def check_size(weights: int, numbers: int) -> None:
 
 
 def mode_and_factors(
-    problem: Problem, method: Laplace, region: Region, rows: Tensor, structure: str
+    problem: Problem, method: Laplace, region: Region, rows: Tensor, structure: str, name: str
 ) -> tuple[StateDistribution, NetworkLikelihood]:
     """Training and tuning in turns; the last tuning is the posterior's."""
     steps = problem.steps
-    theta = train(
-        problem, problem.start(1), negative_log_joint(problem), f"{method.name}: mode", steps=steps
-    ).theta
+    theta = train(problem, problem.start(1), negative_log_joint(problem), f"{name}: mode", steps=steps).theta
     rounds = method.rounds if method.tune else 1
     for k in range(rounds):
         problem, theta = _noise_apart(problem, theta)
         found = _curvature(problem, theta[0], region, rows, structure)
-        tuned = _tuned(problem, theta[0], found, region, structure, method.tune)
+        tuned = _tuned(problem, theta[0], found, region, structure, method.tune, rows)
         if k + 1 == rounds or problem.report.interrupted or problem.report.diverged:
             break
         problem = _with_factors(problem, tuned, region, structure)
@@ -99,7 +96,7 @@ def mode_and_factors(
             problem,
             theta,
             negative_log_joint(problem),
-            f"{method.name}: mode",
+            f"{name}: mode",
             steps=max(1, steps // 2),
             stream=3 + k,
         ).theta
@@ -152,7 +149,7 @@ def _groups(problem: Problem, region: Region, structure: str) -> list[list[tuple
 
 @torch.no_grad()
 def _tuned(
-    problem: Problem, theta: Tensor, found: Found, region: Region, structure: str, wanted: bool
+    problem: Problem, theta: Tensor, found: Found, region: Region, structure: str, wanted: bool, rows: Tensor
 ) -> Tuned:
     white = (problem.split(theta)[0].double() / problem.scales).cpu()
     spectra: list[Tensor]
@@ -168,7 +165,7 @@ def _tuned(
     squares = [sum(white[a:b].square().sum().item() for a, b in group) for group in groups]
     parts = [Spectrum(values.cpu(), square) for values, square in zip(spectra, squares)]
     total, error = 0.0, 0.0
-    for part in torch.arange(problem.n, device=problem.x.device).split(4096):
+    for part in rows.split(4096):
         x, y = problem.x[part], problem.y[part]
         total += problem.log_likelihood(theta[None], x, y).double().sum().item()
         if isinstance(problem.likelihood, GaussianNoise):
@@ -177,7 +174,7 @@ def _tuned(
             error += (residual.square() / problem.likelihood.log_noise(tail.double()).exp()).sum().item()
     learned = isinstance(problem.likelihood, _Learned)
     log_noises = problem.likelihood.log_variance if isinstance(problem.likelihood, _Learned) else None
-    numbers = problem.y.numel() if isinstance(problem.likelihood, GaussianNoise) else 0
+    numbers = len(rows) * problem.y.shape[1] if isinstance(problem.likelihood, GaussianNoise) else 0
     with torch.enable_grad():
         return tune(
             parts,

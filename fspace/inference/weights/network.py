@@ -126,7 +126,8 @@ class Network:
         """s random starts: weights of each layer from N(0, 2 / fan-in) (He et al. 2015; the last layer: 1 / fan-in),
         biases zero."""
         some = next(self.module.parameters())
-        w = torch.randn(s, self.size, generator=generator, dtype=torch.float64)
+        drawn = [torch.randn(self.size, generator=generator, dtype=torch.float64) for _ in range(s)]
+        w = torch.stack(drawn)  # one after the other: the first is the same however many follow
         scale = torch.zeros(self.size, dtype=torch.float64)
         for layer in self.layers:
             last = layer.position == len(self.layers) - 1

@@ -9,7 +9,7 @@ from fspace.inference.weights.mfvi import drawn_outputs
 from fspace.inference.weights.problem import Training
 from fspace.kernels import CausalConv, ConvNet
 
-LONG = Training(epochs=1500, batch_size=60, learning_rate=0.05)
+LONG = Training(epochs=700, batch_size=60, learning_rate=0.1)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
