@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from fspace import cli
-from fspace.compare import pictures
+from fspace.compare import command, pictures
 from fspace.compare.ranks import rank
 from fspace.compare.report import rankings, write_report
 from fspace.compare.results import Results
@@ -276,6 +276,17 @@ def test_what_cannot_be_is_refused_in_one_line(run, houses, args, words):
     assert status == 2 and out == "" and err.count("\n") == 1, err
     for word in words:
         assert word in err, err
+
+
+def test_hmc_is_the_reference_only_where_it_ended():
+    """Draws of a sampler that the budget cut are no reference; the exact limit then is."""
+    rows = [
+        {"method": name, "status": status, "functions": {"probe_mean": []}}
+        for name, status in (("HMC", "ok"), ("HMC", "stopped"), ("wide network", "ok"))
+    ]
+    assert command._reference(Results(rows, "")) == "wide network"
+    assert command._reference(Results(rows[::2], "")) == "HMC"
+    assert command._reference(Results(rows[:2], "")) is None
 
 
 def test_rates_that_have_no_direction_are_refused():
