@@ -64,7 +64,11 @@ def compare_table(run: CompareRun, quiet: bool = False) -> dict[str, Any]:
     )
     assert study.folder is not None
     with progress("comparing", not quiet) as tell:
-        results = study.run(resume=not run.overwrite, jobs=jobs, tell=tell)
+
+        def told(stage: str = "", done: int = 0, total: int = 0) -> None:
+            tell(stage=f"{done} of {total} fits" + (f", last {stage}" if stage else ""))
+
+        results = study.run(resume=not run.overwrite, jobs=jobs, tell=told)
         tell(stage="the report")
         reference = _reference(results)
         grid = np.linspace(-2.5, 2.5, 81)
