@@ -125,8 +125,8 @@ class SGLD(_Chains):
 @dataclass(frozen=True)
 class SGHMC(_Chains):
     """Stochastic-gradient Hamiltonian Monte Carlo: Langevin dynamics with momentum and friction, by the BAOAB
-    splitting, whose variances are exact where the posterior is Gaussian, whatever the (stable) step. step_size: times the
-    square root of the largest curvature (below 2 is stable); friction: in units of the least frequency, 1.
+    splitting, whose variances are exact where the posterior is Gaussian, whatever the (stable) step. step_size: times
+    the square root of the largest curvature (below 2 is stable); friction: in units of the least frequency, 1.
 
     Sources: Chen, Fox and Guestrin (2014); Leimkuhler and Matthews (2013, BAOAB).
     """
