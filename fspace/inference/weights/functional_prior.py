@@ -1,7 +1,7 @@
 """A prior over weights whose functions are like those of a Gaussian process, then the posterior by SGHMC.
 
-The variances of each layer's weights and biases are chosen so that functions drawn from the network and from the process
-have near the same distribution at random points: the sliced Wasserstein distance between draws is made small.
+The variances of each layer's weights and biases are chosen so that functions drawn from the network and from the
+process have near the same distribution at random points: the sliced Wasserstein distance between draws is made small.
 Source: Tran et al. (2022), with random one-dimensional projections in place of a learned critic.
 """
 

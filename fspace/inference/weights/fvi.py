@@ -32,7 +32,7 @@ from fspace.inference.weights.mfvi import drawn_outputs
 from fspace.inference.weights.problem import Problem
 from fspace.inference.weights.train import Loss, train
 
-JITTER = 1e-4  # of the prior's mean variance: what functions may differ by unpunished
+JITTER = 1e-6  # of the mean variance of the prior: what functions may differ by unpunished
 
 
 @dataclass(frozen=True)

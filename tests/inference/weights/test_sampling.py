@@ -6,6 +6,7 @@ import torch
 from fspace.errors import OptionError
 from fspace.inference.weights import NUTS, SGHMC, SGLD, SWAG, CyclicalSGLD
 from fspace.inference.weights.chains import effective_size, r_hat, split
+from fspace.inference.weights.likelihoods import GaussianNoise
 from fspace.inference.weights.problem import Training
 from fspace.inference.weights.whitened import Whitened, preconditioned
 
@@ -99,15 +100,18 @@ def test_nuts_has_the_closed_form_and_tells_of_its_chains(linear):
     assert not agrees(points.states, case, figures["ess"])
 
 
-def test_sghmc_agrees_with_nuts_on_a_network_with_unknown_noise(small):
-    """Means and deviations of function values and the log noise, within Monte Carlo errors."""
+@pytest.mark.parametrize("hidden", [(), (3,)])
+def test_sghmc_agrees_with_nuts(small, hidden):
+    """Means and deviations of function values (and of the unknown log noise of a linear model), within Monte Carlo
+    errors. Noise of the network is known and wide, so that chains cross between its modes."""
     pytest.importorskip("pyro")
+    known = {"likelihood": GaussianNoise(1, torch.zeros(1).double())} if hidden else {}
     values, sizes = [], []
     for method in (
         NUTS(200, chains=2, warmup=100, max_tree_depth=6),
-        SGHMC(samples=800, chains=40, thinning=25),
+        SGHMC(samples=800, chains=40, thinning=20),
     ):
-        problem = small(n=15, hidden=(2,), training=Training(epochs=100))
+        problem = small(n=12, hidden=hidden, training=Training(epochs=50), **known)
         points, _ = method.fit(problem)
         w, tail = problem.split(points.states)
         values.append(torch.cat([problem.network.many(w, problem.x[:8])[..., 0], tail], 1))
