@@ -56,6 +56,8 @@ class _Chains:
     def sample(self, problem: Problem) -> Points:
         """The kept states of all chains."""
         start = settled(problem, self.chains, self.name)
+        if problem.report.interrupted:
+            return Points(start)
         space = preconditioned(problem, start[0])
         everything = torch.arange(problem.n, device=problem.x.device)
         stiffness = space.stiffness(space.coordinates(start)[0], everything[:4096])
