@@ -18,9 +18,30 @@ from sklearn.utils.estimator_checks import estimator_checks_generator
 import fspace
 from fspace.errors import DataError, DivergedWarning, FspaceError, ModelFileError, OptionError
 from fspace.front import FunctionEstimator
-from fspace.inference.weights import METHODS, Ensemble, GaussianPrior, Laplace
+from fspace.inference.weights import (
+    METHODS,
+    NUTS,
+    SGHMC,
+    SGLD,
+    SWAG,
+    CyclicalSGLD,
+    Ensemble,
+    FunctionalPrior,
+    GaussianPrior,
+    Laplace,
+    MultiSWAG,
+)
 from fspace.kernels import CausalConv, ConvNet, ResidualMLP
 
+FEW = {  # settings under which samplers are quick
+    "swag": SWAG(4, 6, 2),
+    "multiswag": MultiSWAG(4, 6, 2, members=2),
+    "sgld": SGLD(8, 2, 2),
+    "sghmc": SGHMC(8, 2, 2),
+    "csgld": CyclicalSGLD(8, 2, 2),
+    "nuts": NUTS(8, 2, 5, 3),
+    "functional_prior": FunctionalPrior(steps=20, samples=8, chains=2, thinning=2),
+}
 QUICK = {"hidden": (8,), "epochs": 15}
 CHECKS = [
     (estimator, check)
@@ -74,12 +95,18 @@ def test_an_ensemble_on_digits():
     assert model.predictive(X_test).mutual_information.min() >= 0
 
 
+def skip_without_its_library(name):
+    if name == "nuts":
+        pytest.importorskip("pyro", reason="pip install 'fspace[bnn]'")
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_answers_the_contract(name, wave, tmp_path):
     """Predictions, draws that are functions, noise apart from the function, two outputs, and the same from a file."""
+    skip_without_its_library(name)
     X, y = wave
     both = np.stack([y, X[:, 1]], 1)
-    model = fspace.BNNRegressor(name, likelihood="gaussian", **QUICK).fit(X, both)
+    model = fspace.BNNRegressor(FEW.get(name, name), likelihood="gaussian", **QUICK).fit(X, both)
     latent, observed = model.posterior_.latent(X[:6]), model.posterior_.observed(X[:6])
     assert latent.mean.shape == observed.mean.shape == (6, 2)
     torch.testing.assert_close(observed.variance, latent.variance + observed.aleatoric)
@@ -104,9 +131,10 @@ def test_every_method_answers_the_contract(name, wave, tmp_path):
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_classifies(name, classes, wave, tmp_path):
+    skip_without_its_library(name)
     X, y = wave
     labels = np.array(["a", "b", "c"])[np.digitize(y, [0.0] if classes == 2 else [-0.4, 0.4])]
-    model = fspace.BNNClassifier(name, **QUICK).fit(X, labels)
+    model = fspace.BNNClassifier(FEW.get(name, name), **QUICK).fit(X, labels)
     probs = model.predict_proba(X)
     assert probs.shape == (80, classes) and np.allclose(probs.sum(1), 1) and np.isfinite(probs).all()
     value = model.posterior_.draw(2, seed=0)(X[:4])
@@ -254,6 +282,7 @@ def test_a_fit_that_diverges_says_so_and_keeps_the_last_finite_state(wave):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_ctrl_c_keeps_the_best_so_far(wave, name, monkeypatch):
+    skip_without_its_library(name)
     real = FunctionEstimator._recorder
 
     def recorder(self, tell, held):
@@ -269,7 +298,7 @@ def test_ctrl_c_keeps_the_best_so_far(wave, name, monkeypatch):
 
     monkeypatch.setattr(FunctionEstimator, "_recorder", recorder)
     with pytest.warns(UserWarning, match="Interrupted"):
-        model = fspace.BNNRegressor(name, likelihood="gaussian", **QUICK).fit(*wave)
+        model = fspace.BNNRegressor(FEW.get(name, name), likelihood="gaussian", **QUICK).fit(*wave)
     assert model.interrupted_ and np.isfinite(model.predict(wave[0])).all()
 
 

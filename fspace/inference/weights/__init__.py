@@ -5,6 +5,8 @@ from typing import Any
 from fspace.inference.weights.dropout import Dropout
 from fspace.inference.weights.ensemble import MAP, Ensemble
 from fspace.inference.weights.functional_laplace import FunctionalLaplace
+from fspace.inference.weights.functional_prior import FunctionalPrior
+from fspace.inference.weights.fvi import FunctionVI
 from fspace.inference.weights.laplace import Laplace
 from fspace.inference.weights.method import Method
 from fspace.inference.weights.mfvi import MFVI
@@ -28,6 +30,8 @@ METHODS: dict[str, type[Any]] = {
         SGHMC,
         CyclicalSGLD,
         NUTS,
+        FunctionVI,
+        FunctionalPrior,
     )
 }
 
@@ -42,7 +46,9 @@ __all__ = [
     "CyclicalSGLD",
     "Dropout",
     "Ensemble",
+    "FunctionVI",
     "FunctionalLaplace",
+    "FunctionalPrior",
     "GaussianPrior",
     "Laplace",
     "Method",

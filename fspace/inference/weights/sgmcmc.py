@@ -56,6 +56,8 @@ class _Chains:
     def sample(self, problem: Problem) -> Points:
         """The kept states of all chains."""
         start = settled(problem, self.chains, self.name)
+        if problem.report.interrupted:
+            return Points(start)
         space = preconditioned(problem, start[0])
         everything = torch.arange(problem.n, device=problem.x.device)
         stiffness = space.stiffness(space.coordinates(start)[0], everything[:4096])
@@ -125,8 +127,8 @@ class SGLD(_Chains):
 @dataclass(frozen=True)
 class SGHMC(_Chains):
     """Stochastic-gradient Hamiltonian Monte Carlo: Langevin dynamics with momentum and friction, by the BAOAB
-    splitting, whose variances are exact where the posterior is Gaussian, whatever the (stable) step. step_size: times the
-    square root of the largest curvature (below 2 is stable); friction: in units of the least frequency, 1.
+    splitting, whose variances are exact where the posterior is Gaussian, whatever the (stable) step. step_size: times
+    the square root of the largest curvature (below 2 is stable); friction: in units of the least frequency, 1.
 
     Sources: Chen, Fox and Guestrin (2014); Leimkuhler and Matthews (2013, BAOAB).
     """

@@ -60,7 +60,7 @@ class SWAG:
         generator = problem.generator(13)
         states: list[Tensor] = []
         warmup = self.collect * self.every // 4
-        total = warmup + self.collect * self.every
+        total = 0 if problem.report.interrupted else warmup + self.collect * self.every
         try:
             for k in range(total):
                 rows = torch.randint(
