@@ -288,7 +288,8 @@ def divergence(model: Any, predictive: Any) -> str:
     """Why a fit has to be called diverged, or nothing."""
     said = getattr(model, "diverged_", False)
     if said:
-        return said if isinstance(said, str) else "the method says that its training diverged"
+        where = f" ({', '.join(f'{k} {v}' for k, v in said.items())})" if isinstance(said, dict) else ""
+        return said if isinstance(said, str) else f"the method says that its training diverged{where}"
     for name in ("probs",) if isinstance(predictive, Categorical) else ("mean", "variance"):
         values = array(getattr(predictive, name))
         bad = int((~np.isfinite(values)).sum())
