@@ -418,7 +418,10 @@ def compare(result: dict[str, Any]) -> str:
             f"{b['method']}, {b['table']}, {b['measure']}: {_with_error(b['ours'])} for {b['published']}"
             for b in below
         )
-        parts.append(f"At least the published row, within two standard errors: {met} of {met + len(below)}.")
+        parts.append(
+            f"At least the published row (which are over all splits), within two of our standard errors: {met} of"
+            f" {met + len(below)}."
+        )
         parts.append(f"Below it: {short or 'none'}.")
     troubles = [
         f"{dataset}, {method}, split {split}: {status} ({reason})"
@@ -456,9 +459,11 @@ def _between(result: dict[str, Any]) -> str:
             "KL, nats a probe",
             "width where no data",
             "log-likelihood",
-            "seconds",
+            "processor seconds",
         ]
-        parts.append(f"### As a function, from {reference}\n\n" + table(head, body))
+        cut = any(method == reference for method, _, _ in result["tables"]["in-between"]["stopped"])
+        note = ", which the budget ended before it had converged" if cut else ""
+        parts.append(f"### As a function, from {reference}{note}\n\n" + table(head, body))
     return "\n\n".join(
         [
             *parts,
@@ -472,6 +477,8 @@ def _with_error(figure: dict[str, Any] | None) -> str:
     if figure is None:
         return "-"
     mean, error = figure["mean"], figure["standard_error"]
+    if abs(mean) < 1e-9:  # rounding
+        return "0"
     if not math.isfinite(error) or error <= 1e-9 * abs(mean):
         return f"{mean:.3g}"
     places = max(0, 1 - math.floor(math.log10(error)))
