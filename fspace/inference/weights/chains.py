@@ -41,7 +41,8 @@ def effective_size(values: Float[Tensor, "c n *k"]) -> Float[Tensor, "*k"]:
     covariance = torch.fft.irfft(spectrum, 2 * n, dim=1)[:, :n] / n
     within = halves.var(1).mean(0)
     total = within * (n - 1) / n + halves.mean(1).var(0)
-    rho = 1.0 - (within - covariance.mean(0) * n / (n - 1)) / total
+    rho = 1.0 - (within - covariance.mean(0)) / total
+    rho[0] = 1.0
     pairs = rho[: 2 * (n // 2)].unflatten(0, (n // 2, 2)).sum(1)
     pairs = pairs.cummin(0).values  # Geyer's initial monotone sequence
     positive = (pairs > 0).to(pairs).cumprod(0)

@@ -24,9 +24,10 @@ def check_kernel_name(name: str) -> None:
         raise OptionError(f"kernel={name!r} does not exist; choose one of {', '.join(KERNELS)}.")
 
 
-def learned_kernel(problem: Problem, name: str, stage: str) -> Kernel:
-    """A kernel by name on the flattened, standardised inputs. For numbers its parameters have the greatest evidence of
-    (some) rows, with Gaussian noise; for classes they stay where they start: an exact evidence there is not."""
+def learned_kernel(problem: Problem, name: str, stage: str) -> tuple[Kernel, Float[Tensor, " t"] | None]:
+    """A kernel by name on the flattened, standardised inputs, and the log noise variances learned with it. For numbers
+    both have the greatest evidence of (some) rows; for classes the kernel stays where it starts, as there is no exact
+    evidence, and there is no noise."""
     x = problem.x.flatten(1).double()
     kernel = named_kernel(name, x.shape[1], link=not isinstance(problem.likelihood, GaussianNoise))
     kernel = kernel.double().to(x.device)
@@ -37,7 +38,8 @@ def learned_kernel(problem: Problem, name: str, stage: str) -> Kernel:
             kernel, noise, x[rows], problem.y[rows].double(), 50, problem.record, f"{stage}: prior"
         ):
             problem.report.interrupted = stage
-    return kernel.requires_grad_(False)
+        return kernel.requires_grad_(False), noise.noise.detach()[:, 0].log()
+    return kernel.requires_grad_(False), None
 
 
 def prior_covariance(kernel: Kernel, x: Tensor) -> Float[Tensor, "m m"]:

@@ -58,7 +58,7 @@ class FunctionalPrior:
     def fit(self, problem: Problem) -> tuple[Points, NetworkLikelihood]:
         """The kept states of the chains."""
         problem.require_curvature(self.name)
-        kernel = learned_kernel(problem, self.kernel, self.name)
+        kernel, _ = learned_kernel(problem, self.kernel, self.name)
         scales = tuned_scales(problem, kernel, self.steps)
         tuned = replace(problem, scales=scales)
         return SGHMC(self.samples, self.chains, self.thinning).sample(tuned), problem.likelihood

@@ -24,6 +24,7 @@ from fspace.inference.weights.train import diverged
 from fspace.inference.weights.whitened import Whitened, preconditioned, settled
 
 ALL_ROWS = 1024  # up to so many rows a step takes all
+RETRIES = 5  # runs, each with half the step of the one before, until one stays finite
 
 
 @dataclass(frozen=True)
@@ -60,30 +61,41 @@ class _Chains:
             return Points(start)
         space = preconditioned(problem, start[0])
         everything = torch.arange(problem.n, device=problem.x.device)
-        stiffness = space.stiffness(space.coordinates(start)[0], everything[:4096])
+        u = space.coordinates(start)
+        stiffness = max(space.stiffness(chain, everything[:4096]) for chain in u)
         kept = -(-self.samples // self.chains)
         burn = math.ceil(kept * self.thinning * self.warmup / (1 - self.warmup))
         steps = burn + kept * self.thinning
-        states: list[Tensor] = []
-        last = space.coordinates(start)
-        try:
-            for step, u in enumerate(self._moves(space, last, stiffness, steps)):
-                if step % self.thinning == 0:
-                    if not bool(u.isfinite().all()):
-                        diverged(problem, self.name, step)
-                        break
-                    last = u
-                    problem.record(stage=self.name, done=step + 1, total=steps)
-                if self._keeps(step, burn, steps):
-                    states.append(space.theta(u))
-        except KeyboardInterrupt:
-            problem.record(stage=self.name, interrupted=True)
-            problem.report.interrupted = self.name
-        states = [state for state in states if bool(state.isfinite().all())] or [space.theta(last)]
-        chains = torch.stack(states, dim=1)
+        for _ in range(RETRIES):  # the curvature may grow along the way
+            states, at = self._run(space, u, stiffness, burn, steps)
+            if at is None:
+                break
+            stiffness *= 4.0
+        else:
+            diverged(problem, self.name, at or steps)
+        chains = torch.stack(states or [start], dim=1)
         watch(problem, chains)
         problem.report.figures["stiffness"] = stiffness
         return Points(chains.flatten(0, 1))
+
+    def _run(
+        self, space: Whitened, u: Tensor, stiffness: float, burn: int, steps: int
+    ) -> tuple[list[Tensor], int | None]:
+        """The kept states [c, q], and the step at which they stopped being finite (None: they did not)."""
+        problem = space.problem
+        states: list[Tensor] = []
+        try:
+            for step, now in enumerate(self._moves(space, u, stiffness, steps)):
+                if (step + 1) % self.thinning == 0 or step + 1 == steps:
+                    if not bool(now.isfinite().all()):
+                        return states, step + 1
+                    problem.record(stage=self.name, done=step + 1, total=steps)
+                if self._keeps(step, burn, steps):
+                    states.append(space.theta(now))
+        except KeyboardInterrupt:
+            problem.record(stage=self.name, interrupted=True)
+            problem.report.interrupted = self.name
+        return states, None
 
     def _keeps(self, step: int, burn: int, steps: int) -> bool:
         return step >= burn and (step - burn + 1) % self.thinning == 0
