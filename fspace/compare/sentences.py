@@ -57,10 +57,10 @@ def difference(first: pd.Series, second: pd.Series, share: float) -> tuple[float
 
 def give(value: float, error: float, digits: int = 2) -> str:
     """A figure with its standard error, with as many digits as that has."""
-    if not math.isfinite(error):
-        return f"{value:.{digits + 1}g} (one split: no standard error)"
     if abs(value) < 1e-9:  # rounding
         return "0"
+    if not math.isfinite(error):
+        return f"{value:.{digits + 1}g} (one split: no standard error)"
     known = error > 1e-9 * abs(value)
     places = max(0, digits - 1 - math.floor(math.log10(error))) if known else digits
     return f"{value:,.{places}f} ± {error:,.{places}f}"
@@ -79,7 +79,7 @@ def _best(dataset: str, values: pd.DataFrame, share: float) -> list[str]:
     if far:
         return [f"{text}, which is more than chance."]
     others = _listed(near[:5]) + (f" and {len(near) - 5} more" if len(near) > 5 else "")
-    return [f"{text}. Not to be told from it on {len(values)} splits: {others}."]
+    return [f"{text}. Not to be told from it on {len(values)} split{'s' * (len(values) > 1)}: {others}."]
 
 
 def _spaces(dataset: str, values: pd.DataFrame, share: float, results: Results) -> list[str]:
