@@ -1,9 +1,10 @@
-"""The terminal: `fspace fit`, `predict`, `encode`, `serve`, `token`, `worker`, `forget`, `fetch`. Heavy imports wait
+"""The terminal: `fspace fit`, `predict`, `encode`, `compare`, `serve`, `token`, `worker`, `forget`, `fetch`. Heavy imports wait
 for a command, so help is quick."""
 
 from __future__ import annotations
 
 import io
+import math
 import re
 import sys
 import warnings
@@ -20,8 +21,12 @@ WORDS = (
     (r" or pass a gpytorch [a-z ]+(?=[.;])", ""),
     (r"\(Classes: GPClassifier\.\)", "(Classes: --task classification.)"),
     (r"\b(objective|latent|network)='([^' ]*)'", r"--\1 \2"),
-    (r"\b(kernel|inference|likelihood|members|inducing|missing|seed|device|task)='([^' ]*)'", r"--\1 \2"),
-    (r"\b(members|inducing|seed)=(?=[-\d])", r"--\1 "),
+    (
+        r"\b(kernel|inference|likelihood|members|inducing|missing|seed|device|task|splits|jobs)='([^' ]*)'",
+        r"--\1 \2",
+    ),
+    (r"\b(members|inducing|seed|splits|jobs)=(?=[-\d])", r"--\1 "),
+    (r"\bseconds=(?=[-\d])", "--budget "),
 )
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 
@@ -239,6 +244,68 @@ def encode(
 
 
 @app.command()
+def compare(
+    data: Annotated[
+        str | None,
+        typer.Argument(
+            help="CSV or Parquet file; without it a problem in one dimension, scikit-learn's diabetes and its digits."
+        ),
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="Column to predict.")] = None,
+    task: Annotated[str, typer.Option(help="What to predict: regression or classification.")] = "regression",
+    methods: Annotated[
+        str | None, typer.Option(help="Methods by name, with commas; a name that does not exist lists them.")
+    ] = None,
+    splits: Annotated[int, typer.Option(help="Random splits of each data set.")] = 3,
+    budget: Annotated[float, typer.Option(help="Seconds of wall time that every fit may take.")] = 30.0,
+    categorical: Annotated[
+        list[str] | None, typer.Option(help="Column to read as a category; several times for several.")
+    ] = None,
+    drop: Annotated[
+        list[str] | None, typer.Option(help="Column to leave out, such as an identifier.")
+    ] = None,
+    missing: Annotated[str, typer.Option(help="What to do with empty cells: error or impute.")] = "error",
+    seed: Annotated[int, typer.Option(help="The same seed gives the same splits and fits.")] = 0,
+    jobs: Annotated[int | None, typer.Option(help="Fits at a time; one for each core by itself.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder for the report; by itself fspace-compare.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Fit anew what the folder already has.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON, nothing else.")] = False,
+) -> None:
+    """Compare methods on the same splits within the same budget, and write a report.
+
+    A folder that holds an earlier comparison is gone on with: what was fitted with the same data, options and budget is
+    taken over. Ctrl-C ends the run; the report is then about what was done, and the same command goes on.
+    """
+    from fspace.compare.command import CompareRun, compare_table
+
+    names = [name.strip() for name in methods.split(",") if name.strip()] if methods else []
+    run = CompareRun(
+        data,
+        target,
+        task,
+        names,
+        splits,
+        budget,
+        categorical or [],
+        drop or [],
+        missing,
+        out,
+        overwrite,
+        jobs,
+        seed,
+    )
+    summary = compare_table(run, quiet=as_json)
+    if as_json:
+        _print_json(summary)
+    else:
+        _print_comparison(summary)
+    if summary["interrupted"]:
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
 def serve(
     store: Annotated[str, typer.Option(help="SQLite file that keeps everything; made where there is none.")],
     tokens: Annotated[str, typer.Option(help="File of tokens, which `fspace token` makes.")] = "tokens.json",
@@ -375,6 +442,34 @@ def _print_json(results: dict[str, Any]) -> None:
     from fspace.runs import to_json
 
     typer.echo(to_json(results))
+
+
+def _print_comparison(summary: dict[str, Any]) -> None:
+    """A table for each data set, what was found, what went wrong, and last the line that says what to open."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for dataset, methods in summary["scores"].items():
+        table = Table(title=dataset, title_justify="left")
+        for words in ("", "log-likelihood per point", "standard error", "seconds to fit"):
+            table.add_column(words, justify="right" if words else "left")
+        for name, row in sorted(methods.items(), key=lambda item: -item[1]["log_likelihood"]):
+            figures = [row[key] for key in ("log_likelihood", "standard_error", "fit_seconds")]
+            table.add_row(name, *(f"{figure:.3g}" if math.isfinite(figure) else "-" for figure in figures))
+        console.print(table)
+    lines = [f"- {sentence}" for sentence in summary["findings"]]
+    lines += [
+        f"- {dataset}, split {k}, {name} {status}: {why}"
+        for dataset, k, name, status, why in summary["troubles"]
+    ]
+    if summary["interrupted"]:
+        lines.append(
+            f"Interrupted after {summary['fits']} of {summary['of']} fits; the same command goes on."
+        )
+    lines.append(f"Budget: {summary['budget']}. Open {summary['report']}")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _print_results(results: dict[str, Any]) -> None:

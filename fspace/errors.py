@@ -65,3 +65,7 @@ class AccessRefused(ServerError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.reason, str(self), self.status, self.retry_after)
+
+
+class DivergedWarning(UserWarning):
+    """A fit stopped being finite; the last finite state is kept, and the fitted object says where it was."""

@@ -14,17 +14,16 @@ from gpytorch.likelihoods import (
     Likelihood,
     SoftmaxLikelihood,
 )
-from sklearn.base import ClassifierMixin, RegressorMixin
 
 from fspace.data import check_target, target_names
 from fspace.errors import DataError, OptionError
 from fspace.fitting import GPEstimator
+from fspace.front import ClassificationFront, RegressionFront
 from fspace.inference.candidates import EXACT_ROWS
 from fspace.inference.gp import GPPosterior
 from fspace.inference.likelihoods import NAMED, REAL, with_offset
 from fspace.inference.optimise import MIN_NOISE, gaussian_likelihood
 from fspace.posterior import MixturePosterior
-from fspace.predictive_base import as_tensor
 from fspace.targets import (
     balanced,
     check_labels,
@@ -37,12 +36,11 @@ from fspace.torch_data import unpacked
 
 GAUSSIAN = ("auto", "gaussian", "heteroscedastic")
 LIKELIHOODS = (*GAUSSIAN, *(name for name in NAMED if name != "bernoulli"))
-ROWS = 8192  # whose class probabilities are computed at once
 INFERENCE = ("auto", "exact", "collapsed", "sites")
 OUTPUTS = ("independent", "coregionalised")
 
 
-class GPRegressor(RegressorMixin, GPEstimator):
+class GPRegressor(RegressionFront, GPEstimator):
     """Gaussian process regression with deep or plain kernels, exact or sparse.
 
     kernel: "auto" (the data choose between plain and deep), "deep", "matern", "rbf", "neural" (infinitely wide
@@ -102,11 +100,6 @@ class GPRegressor(RegressorMixin, GPEstimator):
         self.dtype = dtype
         self.seed = seed
         self.progress = progress
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.multi_output = True
-        return tags
 
     def fit(self, X: Any, y: Any = None) -> GPRegressor:
         """Fit to X [n, d] (or images, sequences) and y [n] or [n, t], or to a torch data set of pairs (x, y). Raises a
@@ -237,47 +230,8 @@ class GPRegressor(RegressorMixin, GPEstimator):
                 "inference='auto'."
             )
 
-    @torch.no_grad()
-    def predict(self, X: Any, return_std: bool = False, return_cov: bool = False) -> Any:
-        """Mean of y [n] or [n, t]; with return_std also its standard deviation, with return_cov the joint covariance of
-        the points, [n, n] or, of each output, [t, n, n] (over points and outputs: `predictive(X).joint_covariance`).
 
-        Both include the noise. Rows are taken some at a time, so millions fit in memory (not with return_cov).
-        Raises OptionError when both are asked for.
-        """
-        if return_std and return_cov:
-            raise OptionError("predict gives either return_std or return_cov, not both.")
-        if return_cov:
-            joint: Any = self.predictive(X)
-            return joint.mean.cpu().numpy(), joint.covariance.cpu().numpy()
-        means, deviations = [], []
-        for x in self._parts(X):
-            predictive = self.posterior_.observed(x)
-            means.append(predictive.mean.cpu().numpy())
-            if return_std:
-                deviations.append(predictive.stddev.cpu().numpy())
-        mean = np.concatenate(means)
-        return (mean, np.concatenate(deviations)) if return_std else mean
-
-    def predict_cdf(self, X: Any, thresholds: Any) -> np.ndarray:
-        """P(y <= threshold) at every row, for a threshold or one a row."""
-        predictive: Any = self.predictive(X)
-        y = as_tensor(thresholds, predictive.mean.device, "thresholds").to(torch.float64)
-        try:
-            y = y.expand_as(predictive.mean)
-        except RuntimeError as error:
-            raise DataError(
-                f"thresholds has shape {tuple(y.shape)}, but the prediction has shape {tuple(predictive.mean.shape)}."
-            ) from error
-        return predictive.cdf(y).cpu().numpy()
-
-    @torch.no_grad()
-    def sample_y(self, X: Any, n_samples: int = 1, random_state: int | None = 0) -> np.ndarray:
-        """Joint samples of y: [n, n_samples], or [n, t, n_samples]."""
-        return np.moveaxis(self.predictive(X).rsample(n_samples, random_state).cpu().numpy(), 0, -1)
-
-
-class GPClassifier(ClassifierMixin, GPEstimator):
+class GPClassifier(ClassificationFront, GPEstimator):
     """Gaussian process classification with deep or plain kernels, of two classes (probit) or more (softmax).
 
     kernel, inducing, members, categories, missing, device, dtype, seed, progress: as for `GPRegressor`.
@@ -375,25 +329,6 @@ class GPClassifier(ClassifierMixin, GPEstimator):
         labels = check_labels(y, len(x), self.classes_)[1]
         self._take_in(x, labels.astype(np.float64), site, discount)
         return self
-
-    @torch.no_grad()
-    def predict_proba(self, X: Any) -> np.ndarray:
-        """Class probabilities [n, classes], in the order of classes_. Rows are taken some at a time."""
-        parts = []
-        for x in self._parts(X):
-            for rows in x.split(ROWS):
-                predictive: Any = self.posterior_.observed(rows)
-                parts.append(predictive.probs.cpu().numpy())
-        return np.concatenate(parts)
-
-    def predict_log_proba(self, X: Any) -> np.ndarray:
-        """Logarithms of `predict_proba`."""
-        return np.log(self.predict_proba(X))
-
-    def predict(self, X: Any) -> np.ndarray:
-        """The most probable class of every row."""
-        best = self.predict_proba(X).argmax(axis=1)
-        return self.classes_[best]
 
 
 def own_likelihood(given: GaussianLikelihood, outputs: int) -> GaussianLikelihood:

@@ -79,7 +79,7 @@ def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
         (folder / name).resolve() for name in (MODEL, METRICS, PREDICTIONS, REPORT)
     ]:
         raise OptionError(f"--out {folder}: the results would replace {run.data}, which they are made from.")
-    inputs, target, source = _load(run)
+    inputs, target, source = load_columns(run)
     classes: np.ndarray | None = None
     if run.task == "classification":
         if target.shape[1] > 1:
@@ -89,7 +89,7 @@ def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
                 raise OptionError(f"--{option} is for regressions; leave it out with --task classification.")
         classes, y = check_labels(target.iloc[:, 0], len(target))
     else:
-        y = _numbers(target)
+        y = target_numbers(target)
         likelihood = str(run.options.get("likelihood", "auto"))
         if likelihood in LIKELIHOODS and likelihood in NAMED:
             check_support(y.reshape(len(y), -1), NAMED[likelihood](), y.ndim == 1)
@@ -292,7 +292,7 @@ def to_json(results: dict[str, Any]) -> str:
 # ---- the table ---------------------------------------------------------------------------------
 
 
-def _load(run: FitRun) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+def load_columns(run: FitRun) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     """Inputs, targets, and where they come from. Categories know the levels of the whole file."""
     if run.data is None:
         table, source = load_diabetes_table(), "scikit-learn's diabetes table"
@@ -386,7 +386,7 @@ def _options(model: GPEstimator, run: FitRun) -> dict[str, Any]:
     return {name: value for name, value in run.options.items() if name in model.get_params()}
 
 
-def _numbers(target: pd.DataFrame) -> np.ndarray:
+def target_numbers(target: pd.DataFrame) -> np.ndarray:
     """Targets of a regression, [n] or [n, t]."""
     y = check_target(target)
     return y[:, 0] if y.shape[1] == 1 else y

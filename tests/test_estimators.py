@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
 import fspace
-from fspace import fitting
+from fspace import front
 from fspace.errors import DataError, DeviceError, FspaceError, OptionError
 from fspace.fitting import channel_scaling
 from fspace.inference import network, optimise
@@ -259,7 +259,7 @@ def test_rows_are_predicted_in_parts(wave, kind, monkeypatch):
         return encode(self, X, first_row)
 
     monkeypatch.setattr(type(model.encoder_), "transform", watched)
-    monkeypatch.setattr(fitting, "CHUNK_VALUES", 60)
+    monkeypatch.setattr(front, "CHUNK_VALUES", 60)
     parts = model.predict(table, return_std=True)
     assert seen == [(30, 0), (30, 30), (20, 60)]
     np.testing.assert_allclose(parts[0], mean, rtol=1e-9, atol=1e-12)

@@ -169,7 +169,7 @@ def _kernel_to_spec(kernel: Kernel, path: str) -> Spec:
             "input_dims": kernel.input_dims,
             "momentum": kernel.norm.momentum,
         }
-        spec["extractor"] = _module_to_spec(kernel.extractor, _join(path, "extractor"))
+        spec["extractor"] = module_to_spec(kernel.extractor, _join(path, "extractor"))
         spec["children"] = {
             n: _kernel_to_spec(child, _join(path, n)) for n, child in kernel.named_sub_kernels()
         }
@@ -251,7 +251,8 @@ def _prior_to_spec(kernel: Kernel, prior: priors.Prior, key: str, place: str) ->
     return {"type": name, **{arg: _to_json(getattr(prior, arg)) for arg in _PRIORS[name]}}
 
 
-def _module_to_spec(module: nn.Module, path: str) -> Spec:
+def module_to_spec(module: nn.Module, path: str) -> Spec:
+    """How a module is built, as JSON; of one that is not of fspace's or torch's standard layers only its name."""
     name = type(module).__name__
     if type(module) is _EXTRACTORS.get(name):
         spec: Spec = {"type": name, "args": dict(cast(dict[str, Any], module.config))}
@@ -296,7 +297,7 @@ def _kernel_from_spec(spec: Mapping[str, Any], modules: Mapping[str, nn.Module])
         args[key] = _prior_from_spec(prior)
     kernel: Kernel
     if name == "DeepKernel":
-        extractor = _module_from_spec(spec["extractor"], modules)
+        extractor = module_from_spec(spec["extractor"], modules)
         kernel = DeepKernel(extractor, children["base"], children.get("plain"), **args)
     elif name in _SUMS:
         kernel = _SUMS[name](*[children[key] for key in sorted(children, key=int)])
@@ -344,7 +345,8 @@ def _prior_from_spec(spec: Mapping[str, Any]) -> priors.Prior:
     return getattr(priors, spec["type"])(**args)
 
 
-def _module_from_spec(spec: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> nn.Module:
+def module_from_spec(spec: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> nn.Module:
+    """What `module_to_spec` described, with weights of its own. Raises ModelFileError where it cannot be built."""
     name = spec["type"]
     if name == "custom":
         if spec["name"] not in modules:

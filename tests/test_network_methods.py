@@ -1,0 +1,108 @@
+"""Every method over weights, by the same rules: the contract, classes, files, Ctrl-C."""
+
+import numpy as np
+import pytest
+import torch
+
+import fspace
+from fspace.front import FunctionEstimator
+from fspace.inference.weights import (
+    METHODS,
+    NUTS,
+    SGHMC,
+    SGLD,
+    SWAG,
+    CyclicalSGLD,
+    FunctionalPrior,
+    MultiSWAG,
+)
+
+FEW = {  # settings under which samplers are quick
+    "swag": SWAG(4, 6, 2),
+    "multiswag": MultiSWAG(4, 6, 2, members=2),
+    "sgld": SGLD(8, 2, 2),
+    "sghmc": SGHMC(8, 2, 2),
+    "csgld": CyclicalSGLD(8, 2, 2),
+    "nuts": NUTS(8, 2, 5, 3),
+    "functional_prior": FunctionalPrior(steps=20, samples=8, chains=2, thinning=2),
+}
+QUICK = {"hidden": (8,), "epochs": 15}
+
+
+@pytest.fixture(scope="module")
+def wave():
+    rng = np.random.default_rng(0)
+    X = rng.uniform(-3, 3, (80, 2))
+    return X, np.sin(2 * X[:, 0]) + 0.1 * rng.standard_normal(80)
+
+
+def skip_without_its_library(name):
+    if name == "nuts":
+        pytest.importorskip("pyro", reason="pip install 'fspace[bnn]'")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_answers_the_contract(name, wave, tmp_path):
+    """Predictions, draws that are functions, noise apart from the function, two outputs, and the same from a file."""
+    skip_without_its_library(name)
+    X, y = wave
+    both = np.stack([y, X[:, 1]], 1)
+    model = fspace.BNNRegressor(FEW.get(name, name), likelihood="gaussian", **QUICK).fit(X, both)
+    latent, observed = model.posterior_.latent(X[:6]), model.posterior_.observed(X[:6])
+    assert latent.mean.shape == observed.mean.shape == (6, 2)
+    torch.testing.assert_close(observed.variance, latent.variance + observed.aleatoric)
+    assert (observed.aleatoric > 0).all() and observed.log_prob(both[:6]).isfinite().all()
+    draws = model.posterior_.draw(3, seed=1)
+    values = draws(X[:6])
+    assert values.shape == (3, 6, 2)
+    torch.testing.assert_close(draws[1](X[2:4]), values[1, 2:4])
+    torch.testing.assert_close(model.posterior_.draw(3, seed=1)(X[:6]), values)
+    mean, std = model.predict(X, return_std=True)
+    assert mean.shape == std.shape == both.shape and model.predict(X[:5], return_cov=True)[1].shape == (
+        2,
+        5,
+        5,
+    )
+    again = fspace.load(model.save(tmp_path / "m.fspace"))
+    assert np.array_equal(again.predict(X), mean) and again.get_params() == model.get_params()
+    torch.testing.assert_close(again.posterior_.draw(3, seed=1)(X[:6]), values)
+    assert again.diagnostics_ == model.diagnostics_
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_classifies(name, classes, wave, tmp_path):
+    skip_without_its_library(name)
+    X, y = wave
+    labels = np.array(["a", "b", "c"])[np.digitize(y, [0.0] if classes == 2 else [-0.4, 0.4])]
+    model = fspace.BNNClassifier(FEW.get(name, name), **QUICK).fit(X, labels)
+    probs = model.predict_proba(X)
+    assert probs.shape == (80, classes) and np.allclose(probs.sum(1), 1) and np.isfinite(probs).all()
+    value = model.posterior_.draw(2, seed=0)(X[:4])
+    assert value.shape == ((2, 4) if classes == 2 else (2, 4, 3))
+    response = model.posterior_.response(value)
+    assert ((response >= 0) & (response <= 1)).all()
+    again = fspace.load(model.save(tmp_path / "m.fspace"))
+    assert np.array_equal(again.predict_proba(X), probs) and list(again.classes_) == list(model.classes_)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_ctrl_c_keeps_the_best_so_far(wave, name, monkeypatch):
+    skip_without_its_library(name)
+    real = FunctionEstimator._recorder
+
+    def recorder(self, tell, held):
+        record, seen = real(self, tell, held), []
+
+        def interrupted(**entry):
+            seen.append(entry)
+            record(**entry)
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+
+        return interrupted
+
+    monkeypatch.setattr(FunctionEstimator, "_recorder", recorder)
+    with pytest.warns(UserWarning, match="Interrupted"):
+        model = fspace.BNNRegressor(FEW.get(name, name), likelihood="gaussian", **QUICK).fit(*wave)
+    assert model.interrupted_ and np.isfinite(model.predict(wave[0])).all()
