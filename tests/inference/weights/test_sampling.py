@@ -51,7 +51,10 @@ def test_diagnostics_are_pyros():
     for t in range(1, 300):
         chains[:, t] = torch.tensor([0.0, 0.5, 0.95]) * chains[:, t - 1] + noise[:, t]
     torch.testing.assert_close(r_hat(chains), stats.split_gelman_rubin(chains, 0, 1))
-    torch.testing.assert_close(effective_size(chains), stats.effective_sample_size(split(chains), 0, 1))
+    # pyro divides the covariance at lag k by n - k, Stan and we by n: of 150 draws with tau below 40 some percent
+    theirs = stats.effective_sample_size(split(chains), 0, 1)
+    assert ((effective_size(chains) / theirs - 1).abs() < 0.03).all()
+    assert ((effective_size(chains) / (2 * theirs) - 1).abs() > 0.03).all()
     apart = chains + torch.arange(4.0)[:, None, None] * 5
     assert (r_hat(apart) > 1.5).all()
 
