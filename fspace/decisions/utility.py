@@ -112,7 +112,7 @@ class CostMatrix:
             raise DataError(
                 f"cost has {self.cost.shape[1]} columns, but the model knows {predictive.probs.shape[1]} classes."
             )
-        return -(predictive.probs.to(torch.float64) @ self.cost[actions.long()].mT.to(predictive.probs.device))
+        return -(predictive.probs.to(torch.float64) @ self.cost[actions.long().cpu()].mT.to(predictive.probs.device))
 
 
 @dataclass(frozen=True)
@@ -283,6 +283,7 @@ def _closed_form(
 ) -> Float[Tensor, "n a"] | None:
     if numbers is None or not isinstance(utility, ClosedForm):
         return None
+    numbers = numbers.to(predictive.mean.device)
     if risk is None:
         return utility.expected(predictive, numbers)
     return risk.of_linear(predictive, numbers) if isinstance(utility, Linear) else None
@@ -325,7 +326,7 @@ def _decided(
         margin = best[:, 0] - best[:, 1]
     else:
         margin = torch.full_like(value, math.inf)
-    chosen: Any = numbers[index] if numbers is not None else [listed[k] for k in index.tolist()]
+    chosen: Any = numbers[index.cpu()] if numbers is not None else [listed[k] for k in index.tolist()]
     return Decision(index, chosen, value, values, errors, margin, margin_errors, exact)
 
 
