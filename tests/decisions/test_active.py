@@ -157,8 +157,9 @@ def test_a_stream_is_the_array(gp):
     assert whole.index.tolist() == parts.index.tolist()
     whole = select(gp, pool, 12, "variance", shortlist=3000)
     parts = select(gp, (part for part in pool.split(101)), 12, "variance", shortlist=400)
-    assert not parts.exact  # it says so where it may have missed some, and loses little
-    assert parts.gain.sum() > 0.95 * whole.gain.sum()
+    assert not parts.exact  # it says so where it may have missed some
+    best = gp.latent(pool).variance.topk(400).indices  # neighbours of each other
+    assert whole.gain.sum() > parts.gain.sum() > select(gp, pool[best], 12, "variance").gain.sum()
 
 
 def test_a_table_goes_by_its_columns():
