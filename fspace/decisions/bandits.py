@@ -227,7 +227,7 @@ class Bandit:
         self._next += 1
         return choice
 
-    def tell(self, ids: Sequence[int], rewards: Sequence[float]) -> None:
+    def tell(self, ids: Sequence[int], rewards: Any) -> None:
         """Rewards of earlier choices. Raises DataError for a choice that is not waiting for one (told already, or never
         made), UtilityError for NaN; then nothing is taken in."""
         ids, values = [int(i) for i in ids], as_tensor(rewards, None, "rewards").to(torch.float64)
