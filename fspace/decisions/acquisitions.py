@@ -5,6 +5,7 @@ Outcomes are told so that larger objectives are better; constraints are (a, b) w
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolu
 from botorch.acquisition.multi_objective.objective import GenericMCMultiOutputObjective
 from botorch.acquisition.objective import GenericMCObjective
 from botorch.models.model import ModelList
-from botorch.optim import optimize_acqf, optimize_acqf_mixed
+from botorch.optim import optimize_acqf
 from botorch.sampling.get_sampler import get_sampler
 from botorch.utils.multi_objective.hypervolume import infer_reference_point
 from botorch.utils.multi_objective.pareto import is_non_dominated
@@ -35,8 +36,8 @@ from fspace.posterior import FunctionPosterior
 ACQUISITIONS = ("qLogNEI", "qLogEI", "qUCB", "qLogNEHVI", "thompson")
 SAMPLES = 128
 BETA = 4.0  # of qUCB: two standard deviations
-CANDIDATES = 2048  # random configurations that a search starts from
-COMBINATIONS = 16  # of discrete settings at which continuous ones are searched
+CANDIDATES = 1024  # random configurations that a search starts from
+COMBINATIONS = 4  # of discrete settings at which continuous ones are searched
 RESTARTS = 4
 
 Constraint = tuple[Float[Tensor, " t"], float]
@@ -65,6 +66,21 @@ def acquisition(
 
     posteriors: one an outcome. x, y: what was observed. Raises OptionError where the name does not fit the outcomes.
     """
+    with seeded(seed):  # baselines are pruned by random samples
+        return _acquisition(name, posteriors, x, y, objectives, constraints, pending, reference_point, seed)
+
+
+def _acquisition(
+    name: str,
+    posteriors: Sequence[FunctionPosterior],
+    x: Tensor,
+    y: Tensor,
+    objectives: int,
+    constraints: Sequence[Constraint],
+    pending: Tensor | None,
+    reference_point: Tensor | None,
+    seed: int,
+) -> AcquisitionFunction:
     models = [posterior.as_botorch() for posterior in posteriors]
     model = models[0] if len(models) == 1 else ModelList(*models)
     sampler = get_sampler(model.posterior(x[:1]), torch.Size([SAMPLES]), seed=seed)
@@ -72,7 +88,9 @@ def acquisition(
     common: dict[str, Any] = {"model": model, "sampler": sampler, "X_pending": pending}
     if objectives > 1:
         if name != "qLogNEHVI":
-            raise OptionError(f"acquisition={name!r} is for one objective; for {objectives} take 'qLogNEHVI'.")
+            raise OptionError(
+                f"acquisition={name!r} is for one objective; for {objectives} take 'qLogNEHVI'."
+            )
         good = y[fulfilled(y, constraints)][:, :objectives]
         values = good if len(good) else y[:, :objectives]
         if reference_point is None:
@@ -112,24 +130,38 @@ def search(
     best, best_value = candidates[order[0]], values[order[0]]
     if len(space.discrete) == len(space.settings):
         return best
-    options: dict[str, Any] = {
-        "bounds": space.bounds,
-        "q": 1,
-        "num_restarts": RESTARTS,
-        "raw_samples": 64,
-        "inequality_constraints": _inequalities(space),
-        "options": {"seed": seed, "batch_limit": 8, "maxiter": 100},
-    }
-    with seeded(seed):
-        if not space.discrete:
-            starts = candidates[order[:RESTARTS]][:, None, :]
-            found, value = optimize_acqf(function, batch_initial_conditions=starts, **options)
-        else:
-            fixed = space.fixed_features(candidates[order], COMBINATIONS)
-            found, value = optimize_acqf_mixed(function, fixed_features_list=fixed, **options)
-    row = space.rounded(found)
-    good = bool(space.feasible(row)[0]) and not _among(row, taken)[0]
-    return row[0] if good and bool(value >= best_value) else best
+    discrete = torch.tensor([c for name in space.discrete for c in space.columns[name]], dtype=torch.long)
+    combinations = candidates[order][:, discrete]
+    for values_there in _first_distinct(combinations, COMBINATIONS):
+        here = order[(combinations == values_there).all(1)][:RESTARTS]
+        with seeded(seed), warnings.catch_warnings():
+            # a line search that ends early is no loss: what it found is compared with where it started
+            warnings.filterwarnings("ignore", "Optimization failed", RuntimeWarning)
+            found, value = optimize_acqf(
+                function,
+                space.bounds,
+                q=1,
+                num_restarts=len(here),
+                batch_initial_conditions=candidates[here][:, None, :],
+                fixed_features=dict(zip(discrete.tolist(), values_there.tolist(), strict=True)) or None,
+                inequality_constraints=_inequalities(space),
+                options={"batch_limit": RESTARTS, "maxiter": 100},
+                retry_on_optimization_warning=False,
+            )
+        row = space.rounded(found.clamp(0.0, 1.0))
+        if bool(value > best_value) and bool(space.feasible(row)[0]) and not _among(row, taken)[0]:
+            best, best_value = row[0], value
+    return best
+
+
+def _first_distinct(rows: Float[Tensor, "n k"], most: int) -> list[Float[Tensor, " k"]]:
+    """The first rows that differ from each other."""
+    found: dict[tuple[float, ...], Tensor] = {}
+    for row in rows:
+        found.setdefault(tuple(row.tolist()), row)
+        if len(found) == most or rows.shape[1] == 0:
+            break
+    return list(found.values())
 
 
 def fresh(space: Space, taken: Float[Tensor, "n d"], seed: int) -> Float[Tensor, "m d"]:
@@ -162,7 +194,11 @@ def thompson(
     candidates = candidates[space.feasible(candidates) & ~_among(candidates, taken)]
     with torch.no_grad():
         drawn = torch.stack(
-            [p.draw(1, (seed + 7919 * k) % 2**32)[0](candidates).reshape(-1) for k, p in enumerate(posteriors)], -1
+            [
+                p.draw(1, (seed + 7919 * k) % 2**32)[0](candidates).reshape(-1)
+                for k, p in enumerate(posteriors)
+            ],
+            -1,
         )
     goal = drawn[:, 0]
     if objectives > 1:
@@ -182,10 +218,10 @@ def _near_best(
     good = fulfilled(y, constraints)
     value = torch.where(good | ~good.any(), y[:, 0], -torch.inf)
     centre = x[value.argmax()]
-    count = CANDIDATES // 2
+    count = CANDIDATES
     width = 10.0 ** -(0.5 + 2.5 * torch.rand(count, 1, generator=generator, dtype=torch.float64))
     steps = width * torch.randn(count, space.width, generator=generator, dtype=torch.float64)
-    moved = torch.rand(count, space.width, generator=generator) < max(0.5, 3.0 / space.width) / 1.0
+    moved = torch.rand(count, space.width, generator=generator) < max(0.5, 3.0 / space.width)
     return space.rounded((centre + torch.where(moved, steps, 0.0)).clamp(0.0, 1.0))
 
 

@@ -158,7 +158,9 @@ def _covariance(latent: Predictive, points: Tensor) -> Float[Tensor, "t n n"]:
     if isinstance(latent, Gaussian | Mixture):
         covariance = latent.covariance.cpu()
         return covariance if covariance.ndim == 3 else covariance[None]
-    raise OptionError(f"Batches need a joint latent covariance, which {type(latent).__name__} has not; take bald.")
+    raise OptionError(
+        f"Batches need a joint latent covariance, which {type(latent).__name__} has not; take bald."
+    )
 
 
 def _greedy(
@@ -201,7 +203,9 @@ def _batchbald(
     generator = torch.Generator().manual_seed(seed)
     conditional = torch.special.entr(probs).sum(-1).mean(0)  # E H(y_i | f)
     joint = torch.ones(s, 1, dtype=probs.dtype)  # p(configuration | f) of the picks so far
-    weight = torch.ones(1, dtype=probs.dtype)  # 1 where configurations are enumerated, else 1 / (m p): importance
+    weight = torch.ones(
+        1, dtype=probs.dtype
+    )  # 1 where configurations are enumerated, else 1 / (m p): importance
     chosen: list[int] = []
     gains, known, before = [], 0.0, 0.0
     for _ in range(k):

@@ -72,7 +72,9 @@ class TableProblem:
         X = np.asarray(X, dtype=np.float64)
         self.classes, self._labels = np.unique(labels, return_inverse=True)
         if X.ndim != 2 or len(X) != len(self._labels) or len(self.classes) < 2:
-            raise DataError(f"A table bandit needs X [n, d] and labels [n] of two classes or more; X is {X.shape}.")
+            raise DataError(
+                f"A table bandit needs X [n, d] and labels [n] of two classes or more; X is {X.shape}."
+            )
         scale = X.std(0)
         self._x = (X - X.mean(0)) / np.where(scale > 0, scale, 1.0)
         self._of = {row.tobytes(): label for row, label in zip(self._x, self._labels, strict=True)}

@@ -86,7 +86,9 @@ class ArmPosterior:
     def _refresh(self, arms: Sequence[int]) -> None:
         m = self.shift.shape[-1]
         if not hasattr(self, "_inner"):
-            self._inner = torch.eye(m, dtype=self.shift.dtype, device=self.shift.device).repeat(self.arms, 1, 1)
+            self._inner = torch.eye(m, dtype=self.shift.dtype, device=self.shift.device).repeat(
+                self.arms, 1, 1
+            )
         pick = torch.tensor(list(arms), device=self.shift.device)
         eye = torch.eye(m, dtype=self.shift.dtype, device=self.shift.device)
         self._inner[pick] = cholesky(eye + self.precision[pick], "I + site precision of an arm")[0]
@@ -171,7 +173,9 @@ class Bandit:
         self._generator = generator_for(seed, torch.device("cpu"))
         if self.journal is not None:
             self._replay(self.journal.entries)
-            self._generator.manual_seed((seed + 1_000_003 * self._next) % 2**32)  # goes on, and not from the start
+            self._generator.manual_seed(
+                (seed + 1_000_003 * self._next) % 2**32
+            )  # goes on, and not from the start
 
     def _replay(self, entries: list[Any]) -> None:
         contexts, arms, rewards = [], [], []
@@ -235,7 +239,9 @@ class Bandit:
             raise DataError(f"There are {len(ids)} ids for rewards of shape {tuple(values.shape)}.")
         if not bool(values.isfinite().all()):
             at = int((~values.isfinite()).nonzero()[0])
-            raise UtilityError(f"The reward of choice {ids[at]} is {values[at].item()}; leave out what is not known.")
+            raise UtilityError(
+                f"The reward of choice {ids[at]} is {values[at].item()}; leave out what is not known."
+            )
         unknown = [i for i in ids if i not in self.pending]
         if unknown or len(set(ids)) < len(ids):
             raise DataError(
@@ -254,7 +260,9 @@ class Bandit:
     def _contexts(self, contexts: Any) -> Float[Tensor, "n d"]:
         rows = as_tensor(contexts, None, "the context").to(torch.float64)
         if rows.ndim != 2 or len(rows) == 0 or not bool(rows.isfinite().all()):
-            raise DataError(f"A context must be finite numbers [d]; it has shape {tuple(rows.shape[1:])}, or holds NaN.")
+            raise DataError(
+                f"A context must be finite numbers [d]; it has shape {tuple(rows.shape[1:])}, or holds NaN."
+            )
         return rows
 
 

@@ -26,7 +26,9 @@ class Journal:
             if len(whole) < len(content):
                 self._file.truncate(len(whole))
         except (OSError, ValueError) as error:
-            raise ModelFileError(f"{str(self.path)!r} is no journal that can be gone on with: {error}") from error
+            raise ModelFileError(
+                f"{str(self.path)!r} is no journal that can be gone on with: {error}"
+            ) from error
 
     def append(self, *entries: Any) -> None:
         """Write entries and wait until the disk has them."""

@@ -51,7 +51,9 @@ def learning_curve(
     chosen = list(known)
     while True:
         model = fit(X[known], y[known])
-        history.append({"labels": len(known), "score": float(score(model)), "chosen": [int(i) for i in chosen]})
+        history.append(
+            {"labels": len(known), "score": float(score(model)), "chosen": [int(i) for i in chosen]}
+        )
         count = min(batch, labels - len(known))
         if count <= 0:
             return history

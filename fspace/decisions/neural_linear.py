@@ -25,7 +25,9 @@ class NeuralLinear:
     ):
         self.arms, self.every, self.steps = check_count(arms, 2), every, steps
         with seeded(seed):
-            self.body = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
+            self.body = nn.Sequential(
+                nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
+            )
             self.head = nn.Linear(hidden, arms)
         self._generator = torch.Generator().manual_seed(seed)
         self._x, self._arm, self._r = torch.empty(0, width), torch.empty(0, dtype=torch.long), torch.empty(0)

@@ -65,7 +65,9 @@ class Optimizer:
         self.goals = {"y": objectives} if isinstance(objectives, str) else dict(objectives)
         for name, goal in self.goals.items():
             if goal not in GOALS:
-                raise OptionError(f"objective {name!r}: {goal!r} is no goal; choose 'minimize' or 'maximize'.")
+                raise OptionError(
+                    f"objective {name!r}: {goal!r} is no goal; choose 'minimize' or 'maximize'."
+                )
         if not self.goals:
             raise OptionError("There is no objective; give for example objectives='minimize'.")
         if not refit >= 1:
@@ -75,15 +77,24 @@ class Optimizer:
                 f"acquisition={acquisition!r} does not exist; choose 'auto' or one of {', '.join(ACQUISITIONS)}."
             )
         several = len(self.goals) > 1
-        if several and acquisition in ("qLogNEI", "qLogEI", "qUCB") or acquisition == "qLogNEHVI" and not several:
-            raise OptionError(f"acquisition={acquisition!r} does not fit {len(self.goals)} objectives; take 'auto'.")
+        if (
+            several
+            and acquisition in ("qLogNEI", "qLogEI", "qUCB")
+            or acquisition == "qLogNEHVI"
+            and not several
+        ):
+            raise OptionError(
+                f"acquisition={acquisition!r} does not fit {len(self.goals)} objectives; take 'auto'."
+            )
         self.acquisition = ("qLogNEHVI" if several else "qLogNEI") if acquisition == "auto" else acquisition
         self.space, outcome_texts = _split(space, constraints)
         self.outcomes = list(self.goals)
         self.constraint_texts = outcome_texts
         for text in outcome_texts:
             self.outcomes += [name for name in parse_constraint(text)[0] if name not in self.outcomes]
-        self.signs = torch.tensor([GOALS[self.goals.get(name, "maximize")] for name in self.outcomes]).double()
+        self.signs = torch.tensor(
+            [GOALS[self.goals.get(name, "maximize")] for name in self.outcomes]
+        ).double()
         self.constraints = [self._constraint(text) for text in outcome_texts]
         self.model, self.refit, self.seed = model, float(refit), check_seed(seed)
         self.initial = max(4, 2 * len(self.space.settings)) if initial is None else check_count(initial, 1)
@@ -209,7 +220,11 @@ class Optimizer:
         x, y = self._data()
         if len(x) < 2:
             raise DataError(f"The model needs at least 2 observations; there are {len(x)}.")
-        if self._fitted_on == 0 or len(x) >= max(self.refit * self._fitted_on, self._fitted_on + 1) and len(x) > self._known:
+        if (
+            self._fitted_on == 0
+            or len(x) >= max(self.refit * self._fitted_on, self._fitted_on + 1)
+            and len(x) > self._known
+        ):
             self._posteriors = [self._fit(x, y[:, k]) for k in range(y.shape[1])]
             self._fitted_on = len(x)
         elif len(x) > self._known:
@@ -250,7 +265,9 @@ class Optimizer:
     def _values(self, i: int, result: Any) -> dict[str, float]:
         given = result if isinstance(result, Mapping) else {self.outcomes[0]: result}
         if set(given) != set(self.outcomes):
-            raise DataError(f"Result {i} has {sorted(map(str, given))}, but the outcomes are {sorted(self.outcomes)}.")
+            raise DataError(
+                f"Result {i} has {sorted(map(str, given))}, but the outcomes are {sorted(self.outcomes)}."
+            )
         values = {}
         for name in self.outcomes:
             try:
@@ -277,7 +294,13 @@ class Optimizer:
         if self.path is None:
             return
         told = [{"configuration": t.configuration, "values": t.values} for t in self.told]
-        state = {"optimizer": 1, **self._description(), "asked": self._asked, "told": told, "pending": self.pending}
+        state = {
+            "optimizer": 1,
+            **self._description(),
+            "asked": self._asked,
+            "told": told,
+            "pending": self.pending,
+        }
         write_state(self.path, state)
 
     def _restore(self, state: Any) -> None:

@@ -71,7 +71,9 @@ def expected_loss(predictive: Predictive, loss: str | CostMatrix = "auto") -> Fl
         return -costs.amax(-1)
     kind = "error" if isinstance(predictive, Categorical) else "squared"
     if loss not in ("auto", kind):
-        raise OptionError(f"loss={loss!r} is not of this model, which has 'auto', {kind!r} or (classes) a CostMatrix.")
+        raise OptionError(
+            f"loss={loss!r} is not of this model, which has 'auto', {kind!r} or (classes) a CostMatrix."
+        )
     if isinstance(predictive, Categorical):
         return 1.0 - predictive.probs.amax(-1)
     variance = predictive.variance
@@ -167,7 +169,9 @@ def _pair(doubt: Any, losses: Any) -> tuple[Float[Tensor, " n"], Float[Tensor, "
 def _numbers(values: Any, name: str) -> Float[Tensor, " n"]:
     values = as_tensor(values, torch.device("cpu"), name).detach().to(torch.float64)
     if values.ndim != 1 or len(values) == 0:
-        raise DataError(f"{name} must be one number a case, [n], at least one; it has shape {tuple(values.shape)}.")
+        raise DataError(
+            f"{name} must be one number a case, [n], at least one; it has shape {tuple(values.shape)}."
+        )
     bad = ~values.isfinite()
     if bool(bad.any()):
         raise UtilityError(f"{name} holds NaN or infinite values (case {int(bad.nonzero()[0])}).")
@@ -180,7 +184,9 @@ def _require_range(losses: Tensor, target: float, most: float) -> None:
     outside = (losses < 0) | (losses > most)
     if bool(outside.any()):
         case = int(outside.nonzero()[0])
-        raise DataError(f"Losses must lie between 0 and most={most:g}; that of case {case} is {losses[case]:g}.")
+        raise DataError(
+            f"Losses must lie between 0 and most={most:g}; that of case {case} is {losses[case]:g}."
+        )
 
 
 def losses_of(predictive: Predictive, y: Any) -> Float[Tensor, " n"]:

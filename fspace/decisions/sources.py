@@ -44,7 +44,9 @@ def rows_of(model: Any, x: Any, name: str = "x") -> Float[Tensor, "n d"]:
         raise DataError(f"{name} is empty: there is no row to decide about.")
     bad = ~rows.isfinite().all(1)
     if bool(bad.any()):
-        raise DataError(f"{name} holds NaN or infinite values (row {int(bad.nonzero()[0])}); remove such rows.")
+        raise DataError(
+            f"{name} holds NaN or infinite values (row {int(bad.nonzero()[0])}); remove such rows."
+        )
     return rows
 
 

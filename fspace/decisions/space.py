@@ -5,7 +5,6 @@ Settings are encoded in the unit cube: numbers affinely, categories one-hot.
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -135,7 +134,9 @@ class Space:
                     continue
                 low, high = _ends(setting)
                 value = low + part[0] * (high - low)
-                configuration[name] = round(value) if isinstance(setting, range) else min(high, max(low, value))
+                configuration[name] = (
+                    round(value) if isinstance(setting, range) else min(high, max(low, value))
+                )
             found.append(configuration)
         return found
 
@@ -180,30 +181,10 @@ class Space:
             count = len(setting)
             level = (u[:, k] * count).long().clamp(max=count - 1)
             if isinstance(setting, range):
-                z[:, columns[0]] = level / (count - 1)
+                z[:, columns[0]] = level.to(torch.float64) / (count - 1)
             else:
                 z[torch.arange(len(u)), torch.tensor(columns)[level]] = 1.0
         return z
-
-    def fixed_features(self, z: Float[Tensor, "n d"], most: int) -> list[dict[int, float]]:
-        """Values of the discrete columns to search the continuous ones at: all there are where these are at most
-        `most`, else those of the rows z, in their order."""
-        counts = [len(self.settings[name]) for name in self.discrete]
-        columns = [c for name in self.discrete for c in self.columns[name]]
-        if math.prod(counts) <= most:
-            choices = [
-                [{self.columns[name][0]: i / (len(setting) - 1)} for i in range(len(setting))]
-                if isinstance(setting := self.settings[name], range)
-                else [{c: float(c == one) for c in self.columns[name]} for one in self.columns[name]]
-                for name in self.discrete
-            ]
-            return [{c: v for part in parts for c, v in part.items()} for parts in itertools.product(*choices)]
-        found: dict[tuple[float, ...], None] = {}
-        for row in z[:, columns].tolist():
-            found.setdefault(tuple(row))
-            if len(found) == most:
-                break
-        return [dict(zip(columns, values, strict=True)) for values in found]
 
     def state(self) -> dict[str, Any]:
         """As JSON."""

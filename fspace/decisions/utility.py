@@ -66,7 +66,9 @@ class Newsvendor:
 
     def __post_init__(self) -> None:
         if not (self.underage > 0 and self.overage > 0 and math.isfinite(self.underage + self.overage)):
-            raise OptionError(f"underage={self.underage} and overage={self.overage} must be positive numbers.")
+            raise OptionError(
+                f"underage={self.underage} and overage={self.overage} must be positive numbers."
+            )
 
     def __call__(self, action: Any, y: Tensor) -> Tensor:
         short = y - action
@@ -96,7 +98,9 @@ class CostMatrix:
     def __post_init__(self) -> None:
         cost = as_tensor(self.cost, None, "cost").to(torch.float64)
         if cost.ndim != 2 or 0 in cost.shape or not bool(cost.isfinite().all()):
-            raise OptionError(f"cost must be finite numbers [actions, classes]; it has shape {tuple(cost.shape)}.")
+            raise OptionError(
+                f"cost must be finite numbers [actions, classes]; it has shape {tuple(cost.shape)}."
+            )
         object.__setattr__(self, "cost", cost)
 
     def __call__(self, action: Any, y: Tensor) -> Tensor:
@@ -112,7 +116,10 @@ class CostMatrix:
             raise DataError(
                 f"cost has {self.cost.shape[1]} columns, but the model knows {predictive.probs.shape[1]} classes."
             )
-        return -(predictive.probs.to(torch.float64) @ self.cost[actions.long().cpu()].mT.to(predictive.probs.device))
+        return -(
+            predictive.probs.to(torch.float64)
+            @ self.cost[actions.long().cpu()].mT.to(predictive.probs.device)
+        )
 
 
 @dataclass(frozen=True)
@@ -168,7 +175,9 @@ class MeanVariance:
     def best_linear(self, predictive: Predictive) -> Tensor:
         """The best of all actions for the payoff of `Linear`: covariance^-1 mean / aversion, y-shaped."""
         mean, spread = _mean_and_covariance(predictive)
-        return (torch.linalg.solve(spread, mean[..., None])[..., 0] / self.aversion).reshape(predictive.mean.shape)
+        return (torch.linalg.solve(spread, mean[..., None])[..., 0] / self.aversion).reshape(
+            predictive.mean.shape
+        )
 
 
 @dataclass(frozen=True)
@@ -353,7 +362,9 @@ def _best_of_all(predictive: Predictive, utility: Any, risk: Risk | None, seed: 
     none = torch.full_like(value, math.inf)
     index = torch.full((len(value),), -1)
     exact = not bool(error.any())
-    return Decision(index, action, value, value[:, None], error[:, None], none, torch.zeros_like(value), exact)
+    return Decision(
+        index, action, value, value[:, None], error[:, None], none, torch.zeros_like(value), exact
+    )
 
 
 def _columns(d: Decision) -> tuple[Any, ...]:
@@ -389,7 +400,9 @@ def _gaussian_parts(predictive: Predictive) -> list[tuple[float, Gaussian]] | No
     return None
 
 
-def _tail_mean(parts: list[tuple[float, Gaussian]], q: Float[Tensor, " n"], below: bool) -> Float[Tensor, " n"]:
+def _tail_mean(
+    parts: list[tuple[float, Gaussian]], q: Float[Tensor, " n"], below: bool
+) -> Float[Tensor, " n"]:
     """E[y; y <= q] (or y >= q) of a mixture of Gaussians."""
     sign = 1.0 if below else -1.0
     total = torch.zeros_like(q)

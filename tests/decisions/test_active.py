@@ -61,7 +61,10 @@ def test_nipv_is_the_variance_that_is_removed(gp):
     posterior = gp
     for index, gain in zip(found.index.tolist(), found.gain.tolist()):
         before = posterior.latent(about).variance.mean()
-        left = [posterior.condition(pool[[i]], torch.zeros(1).double()).latent(about).variance.mean() for i in range(25)]
+        left = [
+            posterior.condition(pool[[i]], torch.zeros(1).double()).latent(about).variance.mean()
+            for i in range(25)
+        ]
         assert int(torch.stack(left).argmin()) == index
         assert (before - left[index]).item() == pytest.approx(gain, rel=1e-6)
         posterior = posterior.condition(pool[[index]], torch.zeros(1).double())

@@ -130,7 +130,9 @@ def test_a_gp_basis_finds_what_a_line_cannot():
     """Two arms whose rewards cross twice."""
     rng = np.random.default_rng(0)
     x = rng.uniform(-1, 1, (60, 1))
-    fitted = fspace.GPRegressor(kernel="rbf", progress=False).fit(x, np.abs(x[:, 0]) + 0.05 * rng.standard_normal(60))
+    fitted = fspace.GPRegressor(kernel="rbf", progress=False).fit(
+        x, np.abs(x[:, 0]) + 0.05 * rng.standard_normal(60)
+    )
 
     class Crossing(LinearProblem):
         def context(self, rng):
@@ -174,7 +176,11 @@ def test_neural_linear_learns_a_table():
 
 def test_probabilities_are_those_that_are_taken():
     known = linear(1, 3)
-    known.update(torch.tensor([[0.0]] * 4).double(), torch.tensor([0, 1, 2, 2]), torch.tensor([0.2, 0.5, 0.1, 0.3]).double())
+    known.update(
+        torch.tensor([[0.0]] * 4).double(),
+        torch.tensor([0, 1, 2, 2]),
+        torch.tensor([0.2, 0.5, 0.1, 0.3]).double(),
+    )
     bandit = Bandit(known)
     shares = bandit.probabilities([[0.3]])[0]
     assert shares.sum().item() == pytest.approx(1.0)
@@ -239,7 +245,9 @@ def test_a_journal_goes_on(tmp_path):
 def test_killing_loses_no_reward(tmp_path, seed):
     path = tmp_path / "bandit.jsonl"
     script = Path(__file__).with_name("killed_bandit.py")
-    process = subprocess.Popen([sys.executable, str(script), str(path), str(seed)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(path), str(seed)], stdout=subprocess.PIPE, text=True
+    )
     lines = [process.stdout.readline() for _ in range(4)]
     time.sleep(0.01 + 0.013 * seed)
     os.kill(process.pid, signal.SIGKILL)
@@ -266,8 +274,16 @@ def test_killing_loses_no_reward(tmp_path, seed):
         (lambda b: simulate(b, Wheel(0.5), 3), OptionError, "5"),
         (lambda b: Wheel(1.0), OptionError, "delta"),
         (lambda b: TableProblem(np.zeros((3, 2)), [1, 1, 1]), DataError, "two classes"),
-        (lambda b: off_policy_value([1.0, 2.0], [0, 1], [0.5, 0.0], [[1, 0], [0, 1.0]], method="ips"), DataError, "row 1"),
-        (lambda b: off_policy_value([1.0, 2.0], [0, 1], [0.5, 0.5], [[1, 0], [0, 1.0]]), OptionError, "reward_model"),
+        (
+            lambda b: off_policy_value([1.0, 2.0], [0, 1], [0.5, 0.0], [[1, 0], [0, 1.0]], method="ips"),
+            DataError,
+            "row 1",
+        ),
+        (
+            lambda b: off_policy_value([1.0, 2.0], [0, 1], [0.5, 0.5], [[1, 0], [0, 1.0]]),
+            OptionError,
+            "reward_model",
+        ),
     ],
 )
 def test_refusals(call, error, words):

@@ -27,7 +27,8 @@ def test_choosing_beats_chance():
         return -np.sqrt(np.mean((model.predict(grid) - np.sin(9 * grid[:, 0])) ** 2))
 
     curves = {
-        c: learning_curve(fit, x, y, score, c, start=4, batch=4, labels=16, seed=1) for c in ("variance", "random")
+        c: learning_curve(fit, x, y, score, c, start=4, batch=4, labels=16, seed=1)
+        for c in ("variance", "random")
     }
     assert [entry["labels"] for entry in curves["variance"]] == [4, 8, 12, 16]
     asked = [i for entry in curves["variance"] for i in entry["chosen"]]

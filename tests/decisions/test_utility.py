@@ -76,7 +76,9 @@ def test_closed_forms_equal_monte_carlo(predictive, utility, risk):
 @pytest.mark.parametrize("risk", [MeanVariance(0.7), CVaR(0.2), None], ids=["mean-variance", "cvar", "mean"])
 def test_standard_errors_are_those_of_repeated_samples(risk):
     """The reported error over the spread of the estimate, 200 repetitions: their ratio has a standard error of 5%."""
-    runs = [best_action(Fixed(ONE), X, ACTIONS, as_function(Linear()), risk, 400, seed) for seed in range(200)]
+    runs = [
+        best_action(Fixed(ONE), X, ACTIONS, as_function(Linear()), risk, 400, seed) for seed in range(200)
+    ]
     spread = torch.stack([run.values for run in runs]).std(0)
     told = torch.stack([run.standard_error for run in runs]).mean(0)
     assert ((told / spread).log().abs() < 0.2).all()
@@ -96,7 +98,9 @@ def test_newsvendor_orders_the_quantile():
 
 def test_newsvendor_against_an_integral():
     y = stats.norm(1.0, 0.5)
-    want = integrate.quad(lambda t: -(3 * max(t - 0.4, 0) + max(0.4 - t, 0)) * y.pdf(t), -4, 6, points=[0.4])[0]
+    want = integrate.quad(lambda t: -(3 * max(t - 0.4, 0) + max(0.4 - t, 0)) * y.pdf(t), -4, 6, points=[0.4])[
+        0
+    ]
     got = best_action(Fixed(ONE), X, [0.4], Newsvendor(3.0, 1.0)).values[0, 0]
     assert got.item() == pytest.approx(want, abs=1e-8)
 
@@ -114,7 +118,9 @@ def test_mean_variance_finds_markowitz():
     """Correlated outputs of a coregionalised model: weights are covariance^-1 mean / aversion, and a grid agrees."""
     x = torch.rand(40, 1).double()
     y = torch.cat([torch.sin(6 * x), torch.sin(6 * x) + 0.3 * torch.randn(40, 1).double()], 1) + 1.0
-    posterior = fspace.GPRegressor(kernel="rbf", outputs="coregionalised", progress=False).fit(x, y).posterior_
+    posterior = (
+        fspace.GPRegressor(kernel="rbf", outputs="coregionalised", progress=False).fit(x, y).posterior_
+    )
     place = x[:2]
     best = best_action(posterior, place, None, Linear(), MeanVariance(2.0))
     around = best.action[0] + 0.2 * torch.randn(300, 2).double()
@@ -195,7 +201,9 @@ def test_rows_beyond_one_part():
     rows = torch.rand(600, 1).double()
     decided = best_action(posterior, rows, None, Newsvendor(1.0, 2.0))
     assert torch.allclose(decided.action, posterior.observed(rows).quantile(1 / 3))
-    assert best_action(posterior, rows, ["low", "high"], lambda a, y: y * (a == "high"), samples=8).value.shape == (600,)
+    assert best_action(
+        posterior, rows, ["low", "high"], lambda a, y: y * (a == "high"), samples=8
+    ).value.shape == (600,)
 
 
 @pytest.mark.parametrize(
