@@ -101,13 +101,14 @@ def _acquisition(
             objective=GenericMCMultiOutputObjective(lambda samples, X=None: samples[..., :objectives]),
             constraints=limits or None,
             prune_baseline=True,
+            cache_root=False,
             **common,
         )
     if len(models) > 1:
         common["objective"] = GenericMCObjective(lambda samples, X=None: samples[..., 0])
         common["constraints"] = limits or None
     if name == "qLogNEI":
-        return qLogNoisyExpectedImprovement(X_baseline=x, prune_baseline=True, **common)
+        return qLogNoisyExpectedImprovement(X_baseline=x, prune_baseline=True, cache_root=False, **common)
     if name == "qLogEI":
         good = y[fulfilled(y, constraints)][:, 0]
         return qLogExpectedImprovement(best_f=(good if len(good) else y[:, 0]).max(), **common)
