@@ -116,7 +116,7 @@ class ArmPosterior:
 
     @torch.no_grad()
     def inducing_draw(self, generator: torch.Generator) -> Float[Tensor, "a m"]:
-        """One draw of every arm's expected reward at the inducing inputs (of `linear_basis`: weights, constant last)."""
+        """One draw of every arm's expected reward at the inducing inputs (`linear_basis`: weights, constant last)."""
         white = torch.randn(self.shift.shape, generator=generator, dtype=self.shift.dtype)
         white = self._mean_weights + white.to(self.shift)[..., None]
         v = torch.linalg.solve_triangular(self._inner.mT, white, upper=True)[..., 0]

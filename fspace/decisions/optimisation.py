@@ -312,8 +312,7 @@ class Optimizer:
             raise ModelFileError(f"{str(self.path)!r} is no state of an Optimizer ({error!r}).") from error
         if described != self._description():
             raise OptionError(
-                f"{str(self.path)!r} is of another space, other objectives or other constraints; give those, or another "
-                "file."
+                f"{str(self.path)!r} is of another space, objectives or constraints; give those, or another file."
             )
         self.told, self.pending, self._asked = told, pending, asked
 

@@ -121,7 +121,7 @@ def conformal_threshold(doubt: Any, losses: Any, target: float, most: float = 1.
 def selective_threshold(
     doubt: Any, losses: Any, target: float, confidence: float = 0.9, most: float = 1.0
 ) -> float:
-    """The largest threshold for which E[loss | kept] <= `target` is certain to degree `confidence`, from held-out cases.
+    """The largest threshold for which E[loss | kept] <= `target` is certain to degree `confidence`, from held-out [n].
 
     For some coverages fixed beforehand, the cases below an order statistic of the doubts are i.i.d. given that
     statistic; each is tested (exactly for losses that are 0 or `most`, else by Hoeffding's and Bentkus' bounds) at its

@@ -281,8 +281,8 @@ def checked(payoff: Any, shape: tuple[int, ...], action: Any) -> Float[Tensor, "
     if bool(bad.any()):
         sample, row = bad.nonzero()[0].tolist()
         raise UtilityError(
-            f"The utility of action {action!r} is {value[sample, row].item()} at row {row} (sample {sample}); it must be "
-            "a finite number for every y that the model holds possible."
+            f"The utility of action {action!r} is {value[sample, row].item()} at row {row} (sample {sample}); it must "
+            "be a finite number for every y that the model holds possible."
         )
     return value
 

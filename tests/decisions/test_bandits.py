@@ -165,6 +165,7 @@ def test_wheel():
     assert abs(np.mean(draws) - 1.2) < 4.5 * 0.05 / math.sqrt(2000)
 
 
+@pytest.mark.slow
 def test_neural_linear_learns_a_table():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((300, 2))
@@ -241,7 +242,7 @@ def test_a_journal_goes_on(tmp_path):
         Bandit(linear(), journal=tmp_path / "other")
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 2))])
 def test_killing_loses_no_reward(tmp_path, seed):
     path = tmp_path / "bandit.jsonl"
     script = Path(__file__).with_name("killed_bandit.py")

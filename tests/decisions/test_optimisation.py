@@ -70,7 +70,7 @@ def test_acquisition_values_equal_botorch(both, name, q):
         "X_pending": rows(1, seed=9),
     }
     want = {
-        "qLogNEI": lambda: qLogNoisyExpectedImprovement(X_baseline=x, prune_baseline=True, **options),
+        "qLogNEI": lambda: qLogNoisyExpectedImprovement(x, prune_baseline=True, cache_root=False, **options),
         "qLogEI": lambda: qLogExpectedImprovement(best_f=y.max(), **options),
         "qUCB": lambda: qUpperConfidenceBound(beta=4.0, **options),
     }[name]
@@ -93,7 +93,9 @@ def test_hypervolume_equals_botorch(known_gp):
     function = acquisition("qLogNEHVI", ours, x, y, 2, reference_point=point, seed=4)
     sampler = get_sampler(theirs.posterior(x[:1]), torch.Size([128]), seed=4)
     with seeded(4):
-        want = qLogNoisyExpectedHypervolumeImprovement(theirs, point, x, sampler=sampler, prune_baseline=True)
+        want = qLogNoisyExpectedHypervolumeImprovement(
+            theirs, point, x, sampler=sampler, prune_baseline=True, cache_root=False
+        )
     candidates = rows(10, seed=3)[:, None]
     assert torch.allclose(function(candidates), want(candidates), atol=1e-5)
 
@@ -143,7 +145,9 @@ def bowl(c):
 BOX = {"x": (0.0, 1.0), "z": (0.0, 1.0)}
 
 
-@pytest.mark.parametrize("name", ["qLogNEI", "qLogEI", "qUCB", "thompson"])
+@pytest.mark.parametrize(
+    "name", ["qLogNEI", "thompson", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qLogEI", "qUCB"))]
+)
 def test_a_bowl_is_found(name):
     found = optimize(bowl, BOX, 12, acquisition=name, progress=False)
     random = min(bowl(c) for c in found.space.decode(found.space.sample(12, 0)))
@@ -163,6 +167,7 @@ def test_a_mixed_space():
     assert isinstance(best["n"], int)
 
 
+@pytest.mark.slow
 def test_constraints_on_settings_and_on_outcomes():
     """Without them the best is (0.3, 0.8); x + z <= 0.9 and heat = z <= 0.6 leave (0.3, 0.6)."""
     measured = lambda c: {"y": bowl(c), "heat": c["z"]}  # noqa: E731
@@ -173,6 +178,7 @@ def test_constraints_on_settings_and_on_outcomes():
     assert best.values["y"] < 0.04 + 0.02
 
 
+@pytest.mark.slow
 def test_two_objectives_and_batches():
     f = lambda c: {"near": -abs(c["x"] - 0.2), "far": abs(c["x"] - 0.7) + c["z"]}  # noqa: E731
     found = optimize(f, BOX, 12, 3, False, objectives={"near": "maximize", "far": "minimize"}, initial=6)
@@ -187,6 +193,7 @@ def test_two_objectives_and_batches():
         found.best  # noqa: B018
 
 
+@pytest.mark.slow
 def test_mixtures_drive_it(known_gp):
     model = lambda z, y: MixturePosterior(  # noqa: E731
         [known_gp(z, y, lengthscale=s, kernel="matern", noise=1e-3) for s in (0.2, 0.6)]
@@ -224,7 +231,7 @@ def test_a_state_goes_on_as_if_nothing_had_happened(tmp_path):
         Optimizer(BOX, **options)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 2))])
 def test_killing_loses_nothing_that_was_told(tmp_path, seed):
     path = tmp_path / "state.json"
     script = Path(__file__).with_name("killed_optimizer.py")
