@@ -70,7 +70,9 @@ def test_acquisition_values_equal_botorch(both, name, q):
         "X_pending": rows(1, seed=9),
     }
     want = {
-        "qLogNEI": lambda: qLogNoisyExpectedImprovement(x, prune_baseline=True, cache_root=False, **options),
+        "qLogNEI": lambda: qLogNoisyExpectedImprovement(
+            X_baseline=x, prune_baseline=True, cache_root=False, **options
+        ),
         "qLogEI": lambda: qLogExpectedImprovement(best_f=y.max(), **options),
         "qUCB": lambda: qUpperConfidenceBound(beta=4.0, **options),
     }[name]
