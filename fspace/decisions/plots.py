@@ -74,10 +74,10 @@ def convergence(optimizer: Optimizer, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def ranked(gain: Any, x: Any, y: Any, names: Sequence[str], *, ax: Axes | None = None) -> Axes:
-    """The chosen rows among the pool, over two of its inputs. gain [k]; x [n, 2] the pool, y [k] positions chosen."""
+def ranked(gain: Any, pool: Any, chosen: Any, names: Sequence[str], *, ax: Axes | None = None) -> Axes:
+    """The chosen rows among the pool, over two of its inputs. Shapes: gain [k], pool [n, 2], chosen [k, 2]."""
     ax = new_axes(ax)
-    pool, chosen, gains = array(x), array(y), array(gain)
+    pool, chosen, gains = array(pool), array(chosen), array(gain)
     ax.scatter(*pool.T, s=9, color=PALE, lw=0, label=f"pool ({len(pool):,} shown)")
     size = 30 + 120 * (gains - gains.min()) / max(float(np.ptp(gains)), 1e-12)
     ax.scatter(*chosen.T, s=size, color=ORANGE, alpha=0.85, lw=0, label="chosen, larger: first")
