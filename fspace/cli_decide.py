@@ -31,7 +31,7 @@ def rank(
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Choose the rows of a pool whose labels tell most about the function. The pool is streamed, whatever its length."""
+    """Choose the rows of a pool whose labels tell most about the function. The pool is streamed."""
     from fspace.decisions import terminal
 
     typer.echo(terminal.rank(model, pool, k, criterion, out, seed, overwrite))

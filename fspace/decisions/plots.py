@@ -156,7 +156,7 @@ def learning_curves(
 
 
 def regrets(curves: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
-    """Cumulative regret over steps: each [steps] or [runs, steps], of which the mean is drawn with its standard error."""
+    """Cumulative regret over steps: each [steps], or [runs, steps] (mean and standard error)."""
     ax = new_axes(ax)
     for (name, regret), colour in zip(curves.items(), SERIES * len(curves), strict=False):
         total = np.atleast_2d(array(regret)).cumsum(1)
