@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import fspace
-from fspace.decisions import Pendulum, control
+from fspace.decisions import Pendulum, learn_to_control
 
 
 def fit(X, change):
@@ -17,7 +17,8 @@ def fit(X, change):
 
 
 runs = {
-    planner: control(Pendulum(), fit, planner, episodes=5, steps=80) for planner in ("psrl", "mean", "random")
+    planner: learn_to_control(Pendulum(), fit, planner, episodes=5, steps=80)
+    for planner in ("psrl", "mean", "random")
 }
 fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
 for (planner, run), colour in zip(runs.items(), ("#2f6690", "#d1622b", "#8a94a0")):

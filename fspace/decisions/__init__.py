@@ -19,7 +19,7 @@ _WHERE = {
     "off_policy": ("PolicyValue", "off_policy_value"),
     "space": ("Space",),
     "optimisation": ("Optimizer", "optimize"),
-    "control": ("ControlRun", "Pendulum", "control"),
+    "control": ("ControlRun", "Pendulum", "learn_to_control"),
 }  # fmt: skip
 _FILE = {name: file for file, names in _WHERE.items() for name in names}
 __all__ = sorted(_FILE)

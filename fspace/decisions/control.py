@@ -88,7 +88,7 @@ class ControlRun:
     actions: Float[np.ndarray, " t"] | None = None
 
 
-def control(
+def learn_to_control(
     task: Task,
     fit: Callable[[Float[np.ndarray, "n d"], Float[np.ndarray, "n s"]], Any],
     planner: str = "psrl",

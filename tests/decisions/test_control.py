@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import fspace
-from fspace.decisions import Pendulum, control
+from fspace.decisions import Pendulum, learn_to_control
 from fspace.errors import OptionError
 
 
 def test_the_pendulum_is_gymnasiums():
-    """Its step by hand: th'' = 3 g / (2 l) sin th + 3 / (m l^2) u, semi-implicit Euler, with torque and speed bounded."""
+    """Its step by hand: th'' = 3 g / (2 l) sin th + 3 / (m l^2) u, semi-implicit Euler, both bounded."""
     task = Pendulum()
     after = task.step(np.array([0.3, -1.0]), 5.0)
     velocity = -1.0 + (15 * math.sin(0.3) + 3 * 2.0) * 0.05
@@ -23,10 +23,10 @@ def test_the_pendulum_is_gymnasiums():
 
 
 def test_a_random_planner_needs_no_model():
-    run = control(Pendulum(), None or (lambda x, y: 1 / 0), "random", episodes=2, steps=10)
+    run = learn_to_control(Pendulum(), lambda x, y: 1 / 0, "random", episodes=2, steps=10)
     assert len(run.returns) == 2 and run.states.shape == (11, 2)
     with pytest.raises(OptionError, match="does not exist"):
-        control(Pendulum(), lambda x, y: None, "best")
+        learn_to_control(Pendulum(), lambda x, y: None, "best")
 
 
 @pytest.mark.slow
@@ -36,7 +36,7 @@ def test_a_learned_model_swings_up():
             x, change
         )
 
-    learned = control(Pendulum(), fit, "psrl", episodes=5, steps=80)
-    random = control(Pendulum(), fit, "random", episodes=5, steps=80)
+    learned = learn_to_control(Pendulum(), fit, "psrl", episodes=5, steps=80)
+    random = learn_to_control(Pendulum(), fit, "random", episodes=5, steps=80)
     assert max(learned.returns[1:]) > 0.6 * max(random.returns)  # returns are negative: 40% less cost
     assert np.cos(learned.states[-1, 0]) > 0.8 or max(learned.returns) > -350
