@@ -81,10 +81,17 @@ def _acquisition(
     reference_point: Tensor | None,
     seed: int,
 ) -> AcquisitionFunction:
+
+    def _goals(samples: Tensor, X: Tensor | None = None) -> Tensor:
+        return samples[..., :objectives]
+
+    def _goal(samples: Tensor, X: Tensor | None = None) -> Tensor:
+        return samples[..., 0]
+
     models = [posterior.as_botorch() for posterior in posteriors]
-    model = models[0] if len(models) == 1 else ModelList(*models)
+    model: Any = models[0] if len(models) == 1 else ModelList(*models)
     sampler = get_sampler(model.posterior(x[:1]), torch.Size([SAMPLES]), seed=seed)
-    limits = [lambda values, X=None, a=a, b=b: values @ a - b for a, b in constraints]
+    limits: Any = [lambda values, X=None, a=a, b=b: values @ a - b for a, b in constraints]
     common: dict[str, Any] = {"model": model, "sampler": sampler, "X_pending": pending}
     if objectives > 1:
         if name != "qLogNEHVI":
@@ -98,14 +105,14 @@ def _acquisition(
         return qLogNoisyExpectedHypervolumeImprovement(
             ref_point=reference_point,
             X_baseline=x,
-            objective=GenericMCMultiOutputObjective(lambda samples, X=None: samples[..., :objectives]),
+            objective=GenericMCMultiOutputObjective(_goals),
             constraints=limits or None,
             prune_baseline=True,
             cache_root=False,
             **common,
         )
     if len(models) > 1:
-        common["objective"] = GenericMCObjective(lambda samples, X=None: samples[..., 0])
+        common["objective"] = GenericMCObjective(_goal)
         common["constraints"] = limits or None
     if name == "qLogNEI":
         return qLogNoisyExpectedImprovement(X_baseline=x, prune_baseline=True, cache_root=False, **common)
@@ -150,7 +157,12 @@ def search(
                 retry_on_optimization_warning=False,
             )
         row = space.rounded(found.clamp(0.0, 1.0))
-        if bool(value > best_value) and bool(space.feasible(row)[0]) and not _among(row, taken)[0]:
+        if (
+            value is not None
+            and bool(value > best_value)
+            and bool(space.feasible(row)[0])
+            and not _among(row, taken)[0]
+        ):
             best, best_value = row[0], value
     return best
 

@@ -221,7 +221,7 @@ class Bandit:
         else:
             at = self.known.moments(contexts)
             noise = torch.randn(at.mean.shape, generator=self._generator, dtype=torch.float64).to(at.mean)
-            width = {"thompson": noise, "ucb": self.width, "greedy": 0.0}[self.policy]
+            width: Any = {"thompson": noise, "ucb": self.width, "greedy": 0.0}[self.policy]
             arm, probability = int((at.mean + width * at.stddev)[0].argmax()), math.nan
         choice = Choice(self._next, arm, probability)
         row = contexts[0].tolist()

@@ -363,7 +363,8 @@ def _split(space: Space | Mapping[str, Any], constraints: Sequence[str]) -> tupl
     if isinstance(constraints, str):
         raise OptionError(f"constraints={constraints!r} must be a list of texts.")
     settings = space.settings if isinstance(space, Space) else dict(space)
-    of_space, of_outcomes = [], []
+    of_space: list[str] = []
+    of_outcomes: list[str] = []
     for text in constraints:
         names = set(parse_constraint(text)[0])
         if names & set(settings) and not names <= set(settings):

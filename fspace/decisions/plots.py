@@ -78,9 +78,11 @@ def ranked(gain: Any, pool: Any, chosen: Any, names: Sequence[str], *, ax: Axes 
     """The chosen rows among the pool, over two of its inputs. Shapes: gain [k], pool [n, 2], chosen [k, 2]."""
     ax = new_axes(ax)
     pool, chosen, gains = array(pool), array(chosen), array(gain)
-    ax.scatter(*pool.T, s=9, color=PALE, lw=0, label=f"pool ({len(pool):,} shown)")
+    ax.scatter(pool[:, 0], pool[:, 1], s=9, color=PALE, lw=0, label=f"pool ({len(pool):,} shown)")
     size = 30 + 120 * (gains - gains.min()) / max(float(np.ptp(gains)), 1e-12)
-    ax.scatter(*chosen.T, s=size, color=ORANGE, alpha=0.85, lw=0, label="chosen, larger: first")
+    ax.scatter(
+        chosen[:, 0], chosen[:, 1], s=size, color=ORANGE, alpha=0.85, lw=0, label="chosen, larger: first"
+    )
     if len(chosen) <= 30:
         for i, place in enumerate(chosen):
             ax.annotate(str(i + 1), place, fontsize=7.5, color=INK, ha="center", va="center")
@@ -113,7 +115,7 @@ def actions(decision: Any, labels: Sequence[str] | None = None, *, ax: Axes | No
             label="best, but within Monte Carlo error of the next",
         )
         legend(ax)
-    for k in places:
+    for k in range(len(labels)):
         ax.text(sure[k] + open_[k], k, f" {sure[k] + open_[k]:,}", va="center", fontsize=9, color=INK)
     ax.set_yticks(places, [str(label) for label in labels])
     ax.invert_yaxis()

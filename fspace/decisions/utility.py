@@ -233,8 +233,8 @@ def best_action(
             _best_of_all(posterior.observed(part), utility, risk, (seed + k) % 2**32)
             for k, part in enumerate(rows.split(ROWS))
         ]
-        columns = [torch.cat(column) for column in zip(*(_columns(f) for f in found), strict=True)]
-        return Decision(*columns, exact=all(f.exact for f in found))
+        columns: Any = [torch.cat(column) for column in zip(*(_columns(f) for f in found), strict=True)]
+        return Decision(*columns, all(f.exact for f in found))
     listed, numbers = _listed(actions)
     parts = []
     for k, part in enumerate(rows.split(ROWS)):
