@@ -203,7 +203,7 @@ class Space:
     def from_state(cls, state: Any) -> Space:
         """The space of this `state()`. Raises OptionError where it is none."""
         try:
-            settings = {}
+            settings: dict[str, Any] = {}
             for name, kind in state["settings"].items():
                 if "choices" in kind:
                     settings[name] = list(kind["choices"])

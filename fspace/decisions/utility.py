@@ -233,8 +233,10 @@ def best_action(
             _best_of_all(posterior.observed(part), utility, risk, (seed + k) % 2**32)
             for k, part in enumerate(rows.split(ROWS))
         ]
-        columns: Any = [torch.cat(column) for column in zip(*(_columns(f) for f in found), strict=True)]
-        return Decision(*columns, all(f.exact for f in found))
+        joined = [torch.cat(column) for column in zip(*(_columns(f) for f in found), strict=True)]
+        index, action, value, values, error, margin, margin_error = joined
+        exact = all(f.exact for f in found)
+        return Decision(index, action, value, values, error, margin, margin_error, exact)
     listed, numbers = _listed(actions)
     parts = []
     for k, part in enumerate(rows.split(ROWS)):
