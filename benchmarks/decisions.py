@@ -33,12 +33,13 @@ def functions(case: str) -> tuple[Callable[..., float], int, float, list[tuple[f
     """A function to minimise on settings in its box, their number, its least value, the box."""
     from botorch.test_functions import Ackley, Branin, Hartmann
 
-    f: Any = {
+    kinds: dict[str, Any] = {
         "branin": Branin,
         "noisy branin": Branin,
         "hartmann6": Hartmann,
         "ackley10": lambda: Ackley(10),
-    }[case]()
+    }
+    f = kinds[case]()
     box = [(float(a), float(b)) for a, b in f.bounds.T.tolist()]
     return lambda x: float(f(torch.tensor(x, dtype=torch.float64)[None])), f.dim, float(f.optimal_value), box
 
@@ -192,8 +193,7 @@ def newsvendor(case: str, method: str, seed: int) -> dict[str, Any]:
     from fspace.data import load_flights
     from fspace.decisions import Newsvendor, best_action
 
-    X, y = load_flights(rows=2000, seed=seed)
-    X, y = np.asarray(X), np.asarray(y)
+    X, y = (np.asarray(part) for part in load_flights(rows=2000, seed=seed))
     model = fspace.GPRegressor(
         kernel="matern", likelihood=case, inference="auto", inducing=100, progress=False
     )

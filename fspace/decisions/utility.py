@@ -238,16 +238,15 @@ def best_action(
         exact = all(f.exact for f in found)
         return Decision(index, action, value, values, error, margin, margin_error, exact)
     listed, numbers = _listed(actions)
-    parts = []
+    parts, exact = [], True
     for k, part in enumerate(rows.split(ROWS)):
         predictive = posterior.observed(part)
-        values = _closed_form(predictive, numbers, utility, risk)
-        parts.append(
-            (values, torch.zeros_like(values), torch.zeros_like(values[:, 0]))
-            if values is not None
-            else _sampled(predictive, listed, utility, risk, samples, (seed + k) % 2**32)
-        )
-    exact = values is not None
+        closed = _closed_form(predictive, numbers, utility, risk)
+        if closed is not None:
+            parts.append((closed, torch.zeros_like(closed), torch.zeros_like(closed[:, 0])))
+        else:
+            exact = False
+            parts.append(_sampled(predictive, listed, utility, risk, samples, (seed + k) % 2**32))
     values, errors, margin_errors = (torch.cat(column) for column in zip(*parts, strict=True))
     return _decided(listed, numbers, values, errors, margin_errors, exact)
 
