@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 _WHERE = {
-    "utility": ("CVaR", "CostMatrix", "Decision", "Linear", "MeanVariance", "Newsvendor", "best_action"),
+    "utility": ("CostMatrix", "Decision", "Linear", "Newsvendor", "best_action"),
+    "risks": ("CVaR", "MeanVariance"),
     "information": ("InformationValue", "value_of_information"),
     "rejecting": ("Reject", "RiskCoverage", "conformal_threshold", "risk_coverage", "selective_threshold"),
     "active": ("Selection", "select"),

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fspace.decisions.risks import Risk
 from fspace.decisions.sources import posterior_of, rows_of
-from fspace.decisions.utility import Risk, best_action
+from fspace.decisions.utility import best_action
 from fspace.predictive import Categorical, check_count
 
 

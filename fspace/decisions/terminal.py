@@ -15,9 +15,10 @@ from fspace.data import read_table, write_table
 from fspace.decisions import plots
 from fspace.decisions.active import select
 from fspace.decisions.optimisation import Optimizer
+from fspace.decisions.risks import CVaR, MeanVariance
 from fspace.decisions.sources import rows_of
 from fspace.decisions.space import Space
-from fspace.decisions.utility import CostMatrix, CVaR, Decision, Linear, MeanVariance, Newsvendor, best_action
+from fspace.decisions.utility import CostMatrix, Decision, Linear, Newsvendor, best_action
 from fspace.errors import DataError, OptionError
 from fspace.runs import CHUNK, load_model
 from fspace.streams import read_parts
