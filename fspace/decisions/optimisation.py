@@ -46,7 +46,7 @@ class Optimizer:
     ("heat <= 3", of an outcome that is measured too). model: an estimator of one outcome, or a function (z [n, d] in
     the unit cube, y [n]) -> FunctionPosterior; None: a Matern GP. acquisition: "auto", or one of ACQUISITIONS. initial:
     random configurations before the model is asked (None: twice the settings, at least 4). refit: the model is fitted
-    anew when this many times as many observations are there as at its last fit; in between it is conditioned. state: a
+    anew when this many times as many observations are there as at its last fit; in between it is conditioned (where it can be). state: a
     file to go on from, written at every ask and tell. Raises OptionError, InfeasibleError.
     """
 
@@ -229,7 +229,11 @@ class Optimizer:
             self._fitted_on = len(x)
         elif len(x) > self._known:
             new = slice(self._known, len(x))
-            self._posteriors = [p.condition(x[new], y[new, k]) for k, p in enumerate(self._posteriors)]
+            try:
+                self._posteriors = [p.condition(x[new], y[new, k]) for k, p in enumerate(self._posteriors)]
+            except OptionError:  # networks take in nothing; they are trained again
+                self._posteriors = [self._fit(x, y[:, k]) for k in range(y.shape[1])]
+                self._fitted_on = len(x)
         self._known = len(x)
 
     def _fit(self, x: Float[Tensor, "n d"], y: Float[Tensor, " n"]) -> FunctionPosterior:

@@ -27,7 +27,8 @@ from fspace.decisions.acquisitions import acquisition
 from fspace.decisions.space import parse_constraint
 from fspace.errors import DataError, InfeasibleError, ModelFileError, OptionError
 from fspace.inference.numerics import seeded
-from fspace.posterior import MixturePosterior
+from fspace.posterior import FunctionDraws, FunctionPosterior, MixturePosterior
+from fspace.predictive import Samples
 
 
 def rows(n, d=2, seed=0):
@@ -201,6 +202,45 @@ def test_mixtures_drive_it(known_gp):
         [known_gp(z, y, lengthscale=s, kernel="matern", noise=1e-3) for s in (0.2, 0.6)]
     )
     assert optimize(bowl, BOX, 12, model=model, progress=False).best.values["y"] < 0.02
+
+
+class Ensemble(FunctionPosterior):
+    """Quadratic fits to resampled rows: predicts samples, and cannot be conditioned, like networks."""
+
+    num_inputs = 2
+
+    def __init__(self, x, y):
+        generator = torch.Generator().manual_seed(len(x))
+        self.weights = []
+        for _ in range(16):
+            rows = torch.randint(len(x), (len(x),), generator=generator)
+            h = self.features(x[rows])
+            self.weights.append(torch.linalg.solve(h.mT @ h + 1e-3 * torch.eye(5), h.mT @ y[rows]))
+
+    def features(self, x):
+        return torch.cat([torch.ones(len(x), 1), x, x.square()], 1).double()
+
+    def latent(self, x):
+        return Samples(torch.stack([self.features(x) @ w for w in self.weights]))
+
+    def observed(self, x):
+        return Samples(self.latent(x).values, 1e-4)
+
+    def draw(self, n=1, seed=None):
+        pick = torch.randint(16, (n,), generator=torch.Generator().manual_seed(seed or 0))
+        return FunctionDraws([lambda x, w=self.weights[i]: self.features(x) @ w for i in pick])
+
+
+def test_a_posterior_of_samples_drives_thompson_sampling():
+    fits = []
+
+    def model(x, y):
+        fits.append(len(x))
+        return Ensemble(x, y)
+
+    found = optimize(bowl, BOX, 14, model=model, acquisition="thompson", refit=2.0, progress=False)
+    assert found.best.values["y"] < 0.003
+    assert len(fits) == 10  # anew at every step, since it cannot be conditioned
 
 
 def test_pending_ones_are_not_asked_again():
