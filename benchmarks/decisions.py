@@ -256,6 +256,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
+    parser.add_argument("--cases", default="", help="comma-separated; without it, all of each part")
     parser.add_argument("--seeds", type=int, default=10)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -264,7 +265,7 @@ def main() -> None:
     for seed in range(args.seeds):
         for part in args.parts.split(","):
             run, cases, methods = PARTS[part]
-            for case in cases:
+            for case in [case for case in cases if not args.cases or case in args.cases.split(",")]:
                 for method in methods:
                     if (part, case, method, seed) in written:
                         continue

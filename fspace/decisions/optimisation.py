@@ -45,9 +45,9 @@ class Optimizer:
     "minimize", "b": "maximize"} for one or several. constraints: linear, on the space ("x + z <= 1") or on outcomes
     ("heat <= 3", of an outcome that is measured too). model: an estimator of one outcome, or a function (z [n, d] in
     the unit cube, y [n]) -> FunctionPosterior; None: a Matern GP. acquisition: "auto", or one of ACQUISITIONS. initial:
-    random configurations before the model is asked (None: twice the settings, at least 4). refit: the model is fitted
-    anew when this many times as many observations are there as at its last fit; in between it is conditioned (where it can be). state: a
-    file to go on from, written at every ask and tell. Raises OptionError, InfeasibleError.
+    random configurations before the model is asked (None: twice the settings, at least 4). refit: the model is
+    fitted anew when this many times as many observations are there as at its last fit; in between it is conditioned,
+    where it can be. state: a file to go on from, written at every ask and tell. Raises OptionError, InfeasibleError.
     """
 
     def __init__(
