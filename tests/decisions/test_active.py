@@ -153,15 +153,15 @@ def test_mixtures_know_their_spread(gp):
 
 
 def test_a_stream_is_the_array(gp):
-    pool = rows(3000, seed=5)
-    whole = select(gp, pool, 2, "variance", shortlist=3000)
-    parts = select(gp, (part for part in pool.split(101)), 2, "variance", shortlist=400)
+    pool = rows(1500, seed=5)
+    whole = select(gp, pool, 2, "variance", shortlist=1500)
+    parts = select(gp, (part for part in pool.split(101)), 2, "variance", shortlist=200)
     assert whole.exact and parts.exact
     assert whole.index.tolist() == parts.index.tolist()
-    whole = select(gp, pool, 12, "variance", shortlist=3000)
-    parts = select(gp, (part for part in pool.split(101)), 12, "variance", shortlist=400)
+    whole = select(gp, pool, 12, "variance", shortlist=1500)
+    parts = select(gp, (part for part in pool.split(101)), 12, "variance", shortlist=200)
     assert not parts.exact  # it says so where it may have missed some
-    best = gp.latent(pool).variance.topk(400).indices  # neighbours of each other
+    best = gp.latent(pool).variance.topk(200).indices  # neighbours of each other
     assert whole.gain.sum() > parts.gain.sum() > select(gp, pool[best], 12, "variance").gain.sum()
 
 

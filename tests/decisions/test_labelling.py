@@ -36,6 +36,7 @@ def test_choosing_beats_chance():
     assert curves["variance"][-1]["score"] > curves["random"][-1]["score"] + 0.1
 
 
+@pytest.mark.slow
 def test_margin_asks_at_the_boundary():
     x = np.random.default_rng(0).uniform(-1, 1, (60, 1))
     y = (x[:, 0] > 0.2).astype(int)

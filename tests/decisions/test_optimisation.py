@@ -251,6 +251,7 @@ def test_pending_ones_are_not_asked_again():
         optimizer.ask()
 
 
+@pytest.mark.slow
 def test_all_of_a_small_space_is_tried_once():
     optimizer = optimize(lambda c: c["n"], {"n": range(4), "k": ["a", "b"]}, 8, progress=False, initial=3)
     assert len({(t.configuration["n"], t.configuration["k"]) for t in optimizer.told}) == 8
