@@ -487,6 +487,50 @@ def _with_error(figure: dict[str, Any] | None) -> str:
     return f"{mean:.{places}f} ± {error:.{places}f}"
 
 
+def decisions(result: dict[str, Any]) -> str:
+    """A table a part: cases down, methods across, mean and standard error over seeds."""
+    words = {
+        "newsvendor": ("lost", "Money lost a flight (lower is better)", ".2f"),
+        "wheel": ("regret", "Wheel bandit: cumulative regret, by delta", ",.0f"),
+        "tables": ("regret", "Classification tables as bandits: cumulative regret", ",.0f"),
+        "labels": ("labels", "Labels to 95% of what all labels gain over the first 20 (RMSE)", ".0f"),
+        "optimisation": ("regret", "Bayesian optimisation: simple regret", ".3g"),
+    }
+    parts = []
+    for part, cases in result["parts"].items():
+        figure, title, style = words[part]
+        methods = list(dict.fromkeys(method for row in cases.values() for method in row))
+        body = [
+            [case, *(_decision_cell(row.get(m), figure, style) for m in methods)]
+            for case, row in cases.items()
+        ]
+        seeds = sorted({row["seeds"] for methods_of in cases.values() for row in methods_of.values()})
+        parts.append(f"### {title}\n\n" + table(["", *methods], body))
+        parts.append(f"Mean ± standard error over {' to '.join(map(str, {seeds[0], seeds[-1]}))} seeds.")
+        if part == "optimisation":
+            body = [
+                [c, *(_decision_cell(row.get(m), "seconds_a_step", ".2f") for m in methods)]
+                for c, row in cases.items()
+            ]
+            parts.append("Seconds a step:\n\n" + table(["", *methods], body))
+    evaluations = ", ".join(f"{case} {count}" for case, count in result["budget"]["evaluations"].items())
+    parts.append(f"Budget: {result['budget']['bandit_steps']:,} bandit steps; evaluations: {evaluations}.")
+    parts.append(where(result["machine"]))
+    return "\n\n".join(parts)
+
+
+def _decision_cell(row: dict[str, Any] | None, figure: str, style: str) -> str:
+    if row is None or figure not in row:
+        return "-"
+    of = row[figure]
+    if of["mean"] is None:
+        return "not reached"
+    text = format(of["mean"], style)
+    if "standard_error" in of:
+        text += f" ± {format(of['standard_error'], style)}"
+    return text + (f" ({of['missing']} never)" if of["missing"] else "")
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "uci": uci,
     "speed": speed,
@@ -499,6 +543,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "amortised": amortised,
     "amortised_particles": particles,
     "continual": continual,
+    "decisions": decisions,
     "outputs": outputs,
     "snep": snep,
     **{

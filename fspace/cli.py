@@ -1,5 +1,5 @@
-"""The terminal: `fspace fit`, `predict`, `encode`, `compare`, `serve`, `token`, `worker`, `forget`, `fetch`. Heavy imports wait
-for a command, so help is quick."""
+"""The terminal: `fspace fit`, `predict`, `encode`, `compare`, `decide`, `serve`, `token`, `worker`, `forget`, `fetch`.
+Heavy imports wait for a command, so help is quick."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from textwrap import wrap
 from typing import Annotated, Any
 
 import typer
+
+from fspace.cli_decide import decide
 
 # What messages call by its name in Python, and what it is called here.
 WORDS = (
@@ -38,6 +40,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",  # so that a help text's lines are wrapped anew, not broken where the source is
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(decide, name="decide")
 
 
 @app.callback(invoke_without_command=True)

@@ -17,6 +17,14 @@ class OptionError(FspaceError, ValueError):
     """An option has a value that does not exist or does not fit the others."""
 
 
+class UtilityError(FspaceError, ValueError):
+    """A utility, loss or cost gave something that cannot be averaged (NaN, infinite, another shape)."""
+
+
+class InfeasibleError(FspaceError, ValueError):
+    """No candidate fulfils the constraints, or none is left."""
+
+
 class NumericalError(FspaceError, ArithmeticError):
     """A factorisation failed after all permitted repairs."""
 

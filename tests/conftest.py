@@ -1,6 +1,7 @@
 """What every test shares: shapes checked while the tests run, seeds, devices and the data folder."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=NO_CUDA))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def _seeded() -> None:
     """The same random numbers for a test whatever ran before it."""
     np.random.seed(0)  # noqa: NPY002  libraries under comparison draw from the global generator
@@ -52,3 +53,11 @@ def fspace_data() -> Path:
     if not (path / "uci").is_dir():
         pytest.skip(f"FSPACE_DATA is {folder}, which holds no folder uci/")
     return path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def python_handles_interrupts():
+    """Also where the tests run in the background of a shell, which ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -13,14 +13,6 @@ from fspace.inference import finish
 from fspace.interrupts import interrupts
 
 
-@pytest.fixture(autouse=True)
-def python_handles_interrupts():
-    """Also where the tests run in the background of a shell, which ignores SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def press():
     os.kill(os.getpid(), signal.SIGINT)
 

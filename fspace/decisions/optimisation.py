@@ -1,0 +1,379 @@
+"""Bayesian optimisation by ask and tell, with any posterior over functions as the model.
+
+Between refits a new observation is one more site (`posterior.condition`): no kernel parameter moves. Whatever was told
+is on the disk when `tell` returns, where a state file is given.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from botorch.utils.multi_objective.pareto import is_non_dominated
+from jaxtyping import Float
+from sklearn.base import clone
+from torch import Tensor
+
+from fspace.decisions.acquisitions import ACQUISITIONS, Constraint, acquisition, fulfilled, search, thompson
+from fspace.decisions.journal import read_state, write_state
+from fspace.decisions.space import Space, parse_constraint
+from fspace.errors import DataError, InfeasibleError, ModelFileError, OptionError
+from fspace.posterior import FunctionPosterior
+from fspace.predictive import check_count
+from fspace.predictive_base import check_seed
+
+GOALS = {"maximize": 1.0, "minimize": -1.0}
+
+
+class Tried(NamedTuple):
+    """A configuration and what was observed there, by name of the outcome."""
+
+    configuration: dict[str, Any]
+    values: dict[str, float]
+
+
+class Optimizer:
+    """Proposes configurations (`ask`) and learns from what came of them (`tell`).
+
+    space: a `Space`, or settings for one. objectives: "minimize" or "maximize" (of one outcome, "y"), or {"a":
+    "minimize", "b": "maximize"} for one or several. constraints: linear, on the space ("x + z <= 1") or on outcomes
+    ("heat <= 3", of an outcome that is measured too). model: an estimator of one outcome, or a function (z [n, d] in
+    the unit cube, y [n]) -> FunctionPosterior; None: a Matern GP. acquisition: "auto", or one of ACQUISITIONS. initial:
+    random configurations before the model is asked (None: twice the settings, at least 4). refit: the model is
+    fitted anew when this many times as many observations are there as at its last fit; in between it is conditioned,
+    where it can be. state: a file to go on from, written at every ask and tell. Raises OptionError, InfeasibleError.
+    """
+
+    def __init__(
+        self,
+        space: Space | Mapping[str, Any],
+        objectives: str | Mapping[str, str] = "minimize",
+        constraints: Sequence[str] = (),
+        model: Any = None,
+        acquisition: str = "auto",
+        initial: int | None = None,
+        refit: float = 1.2,
+        state: str | os.PathLike[str] | None = None,
+        seed: int = 0,
+    ):
+        self.goals = {"y": objectives} if isinstance(objectives, str) else dict(objectives)
+        for name, goal in self.goals.items():
+            if goal not in GOALS:
+                raise OptionError(
+                    f"objective {name!r}: {goal!r} is no goal; choose 'minimize' or 'maximize'."
+                )
+        if not self.goals:
+            raise OptionError("There is no objective; give for example objectives='minimize'.")
+        if not refit >= 1:
+            raise OptionError(f"refit={refit!r} must be at least 1, which fits anew after every observation.")
+        if acquisition != "auto" and acquisition not in ACQUISITIONS:
+            raise OptionError(
+                f"acquisition={acquisition!r} does not exist; choose 'auto' or one of {', '.join(ACQUISITIONS)}."
+            )
+        several = len(self.goals) > 1
+        if (
+            several
+            and acquisition in ("qLogNEI", "qLogEI", "qUCB")
+            or acquisition == "qLogNEHVI"
+            and not several
+        ):
+            raise OptionError(
+                f"acquisition={acquisition!r} does not fit {len(self.goals)} objectives; take 'auto'."
+            )
+        self.acquisition = ("qLogNEHVI" if several else "qLogNEI") if acquisition == "auto" else acquisition
+        self.space, outcome_texts = _split(space, constraints)
+        self.outcomes = list(self.goals)
+        self.constraint_texts = outcome_texts
+        for text in outcome_texts:
+            self.outcomes += [name for name in parse_constraint(text)[0] if name not in self.outcomes]
+        self.signs = torch.tensor(
+            [GOALS[self.goals.get(name, "maximize")] for name in self.outcomes]
+        ).double()
+        self.constraints = [self._constraint(text) for text in outcome_texts]
+        self.model, self.refit, self.seed = model, float(refit), check_seed(seed)
+        self.initial = max(4, 2 * len(self.space.settings)) if initial is None else check_count(initial, 1)
+        self.told: list[Tried] = []
+        self.pending: list[dict[str, Any]] = []
+        self.seconds: list[float] = []  # that each ask took
+        self._asked = 0
+        self._posteriors: list[FunctionPosterior] = []
+        self._fitted_on = self._known = 0
+        self.path = None if state is None else Path(state)
+        if self.path is not None and self.path.exists():
+            self._restore(read_state(self.path))
+
+    def _constraint(self, text: str) -> Constraint:
+        """(a, b) over the signed outcomes."""
+        terms, bound = parse_constraint(text)
+        a = torch.zeros(len(self.outcomes), dtype=torch.float64)
+        for name, factor in terms.items():
+            k = self.outcomes.index(name)
+            a[k] = factor * self.signs[k]
+        return a, bound
+
+    # ---- ask and tell ---------------------------------------------------------------------------
+
+    def ask(self, count: int = 1) -> list[dict[str, Any]]:
+        """Configurations to try next, chosen together and beside what is pending. Raises InfeasibleError where none is
+        left."""
+        started = time.perf_counter()
+        proposals = []
+        for _ in range(check_count(count, 1)):
+            proposals.append(self._propose())
+            self.pending.append(proposals[-1])
+            self._asked += 1
+        self.seconds.append(time.perf_counter() - started)
+        self._save()
+        return [dict(configuration) for configuration in proposals]
+
+    def tell(self, configurations: Any, values: Any) -> None:
+        """What came of configurations (one, or a list), pending or not: a number (one outcome) or {outcome: number}.
+
+        The same configuration may be told several times: observations are noisy. Raises DataError for NaN (use `drop`
+        for an experiment that failed), other outcomes, or a configuration outside the space; then nothing is taken in.
+        """
+        many = isinstance(configurations, list | tuple)
+        rows = list(configurations) if many else [configurations]
+        results = list(values) if many else [values]
+        if len(rows) != len(results) or not rows:
+            raise DataError(f"There are {len(results)} results for {len(rows)} configurations.")
+        observed = [self._values(i, result) for i, result in enumerate(results)]
+        z = self.space.encode(rows)
+        outside = ~self.space.feasible(z)
+        if bool(outside.any()):
+            raise DataError(
+                f"Configuration {int(outside.nonzero()[0])} breaks {' or '.join(map(repr, self.space.constraints))}."
+            )
+        for row, result in zip(self.space.decode(z), observed, strict=True):
+            self._settle(row)
+            self.told.append(Tried(row, result))
+        self._save()
+
+    def drop(self, configuration: Mapping[str, Any]) -> None:
+        """Take a configuration off the pending ones without a result: it failed, or nobody will try it."""
+        if not self._settle(self.space.decode(self.space.encode([configuration]))[0]):
+            raise DataError(f"{dict(configuration)} is not pending.")
+        self._save()
+
+    @property
+    def best(self) -> Tried:
+        """The best that was told, among those that fulfil the constraints. Raises InfeasibleError where none does,
+        DataError where nothing was told, OptionError for several objectives (see `pareto`)."""
+        if len(self.goals) > 1:
+            raise OptionError("There are several objectives, so no single best; see `pareto`.")
+        y = self._feasible()
+        return self.told[int(torch.where(fulfilled(y, self.constraints), y[:, 0], -math.inf).argmax())]
+
+    @property
+    def pareto(self) -> list[Tried]:
+        """What was told, fulfils the constraints, and is not worse in all objectives than another."""
+        y = self._feasible()
+        good = fulfilled(y, self.constraints).nonzero()[:, 0]
+        front = is_non_dominated(y[good][:, : len(self.goals)])
+        return [self.told[i] for i in good[front].tolist()]
+
+    def posteriors(self) -> dict[str, FunctionPosterior]:
+        """The model of every outcome (of minus the outcome where it is minimised), over the unit cube."""
+        self._update_model()
+        return dict(zip(self.outcomes, self._posteriors, strict=True))
+
+    # ---- what is behind it ----------------------------------------------------------------------
+
+    def _propose(self) -> dict[str, Any]:
+        seed = (self.seed + 104_729 * self._asked) % 2**32
+        x, y = self._data()
+        pending = self.space.encode(self.pending)
+        if self._asked < self.initial or len(self.told) < 2:
+            start = self.space.sample(self._asked + 1, self.seed)[self._asked :]
+            known = torch.cat([x, pending])
+            if len(known) and bool((torch.cdist(start, known) < 1e-9).any()):
+                from fspace.decisions.acquisitions import fresh
+
+                start = fresh(self.space, known, seed)[:1]
+            return self.space.decode(start)[0]
+        self._update_model()
+        taken = torch.cat([x, pending])
+        if self.acquisition == "thompson":
+            row = thompson(self._posteriors, self.space, x, y, len(self.goals), self.constraints, taken, seed)
+        else:
+            function = acquisition(
+                self.acquisition,
+                self._posteriors,
+                x,
+                y,
+                len(self.goals),
+                self.constraints,
+                pending if len(pending) else None,
+                seed=seed % 2**31,
+            )
+            row = search(function, self.space, taken, seed % 2**31)
+        return self.space.decode(row[None])[0]
+
+    def _update_model(self) -> None:
+        """Fit anew where there is much more to learn from, else take in what is new."""
+        x, y = self._data()
+        if len(x) < 2:
+            raise DataError(f"The model needs at least 2 observations; there are {len(x)}.")
+        if (
+            self._fitted_on == 0
+            or len(x) >= max(self.refit * self._fitted_on, self._fitted_on + 1)
+            and len(x) > self._known
+        ):
+            self._posteriors = [self._fit(x, y[:, k]) for k in range(y.shape[1])]
+            self._fitted_on = len(x)
+        elif len(x) > self._known:
+            new = slice(self._known, len(x))
+            try:
+                self._posteriors = [p.condition(x[new], y[new, k]) for k, p in enumerate(self._posteriors)]
+            except OptionError:  # networks take in nothing; they are trained again
+                self._posteriors = [self._fit(x, y[:, k]) for k in range(y.shape[1])]
+                self._fitted_on = len(x)
+        self._known = len(x)
+
+    def _fit(self, x: Float[Tensor, "n d"], y: Float[Tensor, " n"]) -> FunctionPosterior:
+        if isinstance(self.model, Callable) and not hasattr(self.model, "fit"):  # type: ignore[arg-type]
+            return self.model(x, y)
+        model = self.model
+        if model is None:
+            from fspace.estimators import GPRegressor
+
+            model = GPRegressor(kernel="matern", inference="exact", progress=False)
+        if not hasattr(model, "get_params"):
+            raise OptionError(
+                f"model is a {type(model).__name__}; pass an estimator, or a function of (z, y) that gives a posterior."
+            )
+        return clone(model).fit(x.numpy(), y.numpy()).posterior_
+
+    def _data(self) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n t"]]:
+        """Encoded configurations, and outcomes with their signs."""
+        x = self.space.encode([tried.configuration for tried in self.told])
+        y = [[tried.values[name] for name in self.outcomes] for tried in self.told]
+        return x, torch.tensor(y, dtype=torch.float64).reshape(-1, len(self.outcomes)) * self.signs
+
+    def _feasible(self) -> Float[Tensor, "n t"]:
+        if not self.told:
+            raise DataError("Nothing was told yet.")
+        y = self._data()[1]
+        if not bool(fulfilled(y, self.constraints).any()):
+            raise InfeasibleError(
+                f"None of {len(self.told)} configurations fulfils {' and '.join(map(repr, self.constraint_texts))}."
+            )
+        return y
+
+    def _values(self, i: int, result: Any) -> dict[str, float]:
+        given = result if isinstance(result, Mapping) else {self.outcomes[0]: result}
+        if set(given) != set(self.outcomes):
+            raise DataError(
+                f"Result {i} has {sorted(map(str, given))}, but the outcomes are {sorted(self.outcomes)}."
+            )
+        values = {}
+        for name in self.outcomes:
+            try:
+                values[name] = float(given[name])
+            except (TypeError, ValueError) as error:
+                raise DataError(f"Result {i}: {name}={given[name]!r} is no number.") from error
+            if not math.isfinite(values[name]):
+                raise DataError(
+                    f"Result {i}: {name} is {values[name]}. Of an experiment that failed tell nothing; `drop` it."
+                )
+        return values
+
+    def _settle(self, row: dict[str, Any]) -> bool:
+        for i, waiting in enumerate(self.pending):
+            if torch.equal(self.space.encode([waiting]), self.space.encode([row])):
+                del self.pending[i]
+                return True
+        return False
+
+    def _description(self) -> dict[str, Any]:
+        return {"space": self.space.state(), "goals": self.goals, "constraints": self.constraint_texts}
+
+    def _save(self) -> None:
+        if self.path is None:
+            return
+        told = [{"configuration": t.configuration, "values": t.values} for t in self.told]
+        state = {
+            "optimizer": 1,
+            **self._description(),
+            "asked": self._asked,
+            "told": told,
+            "pending": self.pending,
+        }
+        write_state(self.path, state)
+
+    def _restore(self, state: Any) -> None:
+        try:
+            described = {name: state[name] for name in ("space", "goals", "constraints")}
+            told = [Tried(dict(entry["configuration"]), dict(entry["values"])) for entry in state["told"]]
+            pending, asked = [dict(row) for row in state["pending"]], int(state["asked"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelFileError(f"{str(self.path)!r} is no state of an Optimizer ({error!r}).") from error
+        if described != self._description():
+            raise OptionError(
+                f"{str(self.path)!r} is of another space, objectives or constraints; give those, or another file."
+            )
+        self.told, self.pending, self._asked = told, pending, asked
+
+
+def optimize(
+    f: Callable[[dict[str, Any]], Any],
+    space: Space | Mapping[str, Any],
+    evaluations: int = 30,
+    batch: int = 1,
+    progress: bool = True,
+    **options: Any,
+) -> Optimizer:
+    """Evaluate f(configuration) until there are `evaluations` in all; the returned Optimizer has `best` and `told`.
+
+    f gives a number, or {outcome: number}. batch: configurations chosen at a time. progress: a line on stderr after
+    every batch. options: of `Optimizer`; with state=... a run that was killed goes on where it was, what was pending
+    is evaluated first.
+    """
+    optimizer = Optimizer(space, **options)
+    check_count(evaluations, 2), check_count(batch, 1)
+    started = time.perf_counter()
+    while len(optimizer.told) < evaluations:
+        missing = min(batch, evaluations - len(optimizer.told)) - len(optimizer.pending)
+        if missing > 0:
+            optimizer.ask(missing)
+        for configuration in list(optimizer.pending):
+            optimizer.tell(configuration, f(dict(configuration)))
+        if progress:
+            print(_line(optimizer, evaluations, time.perf_counter() - started), file=sys.stderr, flush=True)
+    return optimizer
+
+
+def _line(optimizer: Optimizer, evaluations: int, seconds: float) -> str:
+    last = ", ".join(f"{name} {value:.4g}" for name, value in optimizer.told[-1].values.items())
+    try:
+        best = (
+            f"best {optimizer.best.values[optimizer.outcomes[0]]:.6g}"
+            if len(optimizer.goals) == 1
+            else f"{len(optimizer.pareto)} on the front"
+        )
+    except InfeasibleError:
+        best = "none fulfils the constraints yet"
+    return f"{len(optimizer.told)}/{evaluations}: {last}; {best}; {seconds:.1f} s"
+
+
+def _split(space: Space | Mapping[str, Any], constraints: Sequence[str]) -> tuple[Space, list[str]]:
+    """The space with the constraints that are on it, and those that are on outcomes."""
+    if isinstance(constraints, str):
+        raise OptionError(f"constraints={constraints!r} must be a list of texts.")
+    settings = space.settings if isinstance(space, Space) else dict(space)
+    of_space: list[str] = []
+    of_outcomes: list[str] = []
+    for text in constraints:
+        names = set(parse_constraint(text)[0])
+        if names & set(settings) and not names <= set(settings):
+            raise OptionError(f"constraint {text!r} mixes settings and outcomes; write one of each.")
+        (of_space if names & set(settings) else of_outcomes).append(text)
+    if isinstance(space, Space):
+        return (Space(space.settings, [*space.constraints, *of_space]) if of_space else space), of_outcomes
+    return Space(settings, of_space), of_outcomes

@@ -1,0 +1,233 @@
+"""What `fspace decide` does: tables in, a table of choices and a picture out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from fspace.data import read_table, write_table
+from fspace.decisions import plots
+from fspace.decisions.active import select
+from fspace.decisions.optimisation import Optimizer
+from fspace.decisions.risks import CVaR, MeanVariance
+from fspace.decisions.sources import rows_of
+from fspace.decisions.space import Space
+from fspace.decisions.utility import CostMatrix, Decision, Linear, Newsvendor, best_action
+from fspace.errors import DataError, OptionError
+from fspace.runs import CHUNK, load_model
+from fspace.streams import read_parts
+
+SHOWN = 5000  # rows of the pool in a picture
+UTILITIES = (
+    'one of {"newsvendor": {"underage": 4, "overage": 1}}, '
+    '{"costs": {"treat": {"ill": 0, "well": 1}, "wait": {"ill": 9, "well": 0}}}, '
+    '{"payoff": {"amounts": [0, 1, 2], "aversion": 0.5}} (or "worst_share": 0.1, or neither)'
+)
+
+
+def rank(model: str, pool: str, k: int, criterion: str, out: str, seed: int, overwrite: bool) -> str:
+    """Write the k rows of a pool to label next, best first, with their gain and row number; and a picture."""
+    files = _files(out, overwrite, (pool, model))
+    fitted = load_model(model)
+    reference = None
+    known = fitted.encoder_.feature_names
+    if criterion == "nipv":  # the first rows stand for the pool
+        reference = _inputs(fitted, next(iter(read_parts(pool, CHUNK))), known).head(256)
+    shown: list[pd.DataFrame] = []
+
+    def parts() -> Any:
+        for part in read_parts(pool, CHUNK):
+            inputs = _inputs(fitted, part, known)
+            if sum(map(len, shown)) < SHOWN:
+                shown.append(inputs.head(SHOWN))
+            yield inputs
+
+    found = select(fitted, parts(), k, criterion, reference, duplicates="drop", seed=seed)
+    chosen = found.index.numpy()
+    table = pd.concat([part[np.isin(part.index, chosen)] for part in _numbered(pool)]).loc[chosen]
+    extra = {"row": chosen, "gain": found.gain.numpy()}
+    write_table(pd.concat([pd.DataFrame(extra), table.reset_index(drop=True)], axis=1), files[0])
+    background = rows_of(fitted, pd.concat(shown).head(SHOWN)).numpy()
+    names = fitted.encoder_.feature_names_out
+    pair = list(np.argsort(-fitted.relevance_, kind="stable")[:2]) if background.shape[1] > 1 else [0, 0]
+    ax = _axes()
+    plots.ranked(found.gain, background[:, pair], found.x.numpy()[:, pair], [names[i] for i in pair], ax=ax)
+    ax.figure.savefig(files[1], dpi=110)
+    return f"{k} rows by {criterion} are in {files[0]}; open {files[1]}"
+
+
+def act(model: str, data: str, utility: str, out: str, samples: int, seed: int, overwrite: bool) -> str:
+    """Write the best action of every row under a utility file, with its expected utility; and a picture."""
+    files = _files(out, overwrite, (data, model, utility))
+    fitted, table = load_model(model), read_table(data)
+    inputs = _inputs(fitted, table, fitted.encoder_.feature_names)
+    decision, labels = _decide(fitted, inputs, _json(utility), samples, seed)
+    chosen = [labels[i] for i in decision.index.tolist()] if labels else np.asarray(decision.action)
+    columns = {"action": chosen, "expected_utility": decision.value.numpy()}
+    if labels and len(labels) > 1:
+        columns |= {
+            "better_than_next_by": decision.margin.numpy(),
+            "standard_error": decision.margin_error.numpy(),
+        }
+    write_table(pd.DataFrame(columns), files[0])
+    plots.actions(decision, labels, ax=(ax := _axes()))
+    ax.figure.savefig(files[1], dpi=110)
+    return f"{len(table):,} actions are in {files[0]}; open {files[1]}"
+
+
+def propose(
+    experiments: str,
+    space: str,
+    goals: Sequence[str],
+    count: int,
+    out: str,
+    acquisition: str,
+    seed: int,
+    overwrite: bool,
+) -> str:
+    """Write the next experiments to make, after those of a table that have results; and a picture.
+
+    Rows without results are pending: they are not proposed again.
+    """
+    files = _files(out, overwrite, (experiments, space))
+    described = _json(space)
+    of_space = Space.from_state(
+        {"settings": described.get("settings", {}) if isinstance(described, dict) else None}
+    )
+    constraints = list(described.get("constraints", []))
+    optimizer = Optimizer(of_space, _goals(goals), constraints, acquisition=acquisition, seed=seed)
+    if Path(experiments).exists():
+        _tell_table(optimizer, read_table(experiments), experiments)
+    optimizer._asked = len(optimizer.told) + len(optimizer.pending)
+    proposals = optimizer.ask(count)
+    write_table(pd.DataFrame(proposals), files[0])
+    if not optimizer.told:
+        return f"{count} first experiments are in {files[0]}"
+    plots.convergence(optimizer, ax=(ax := _axes()))
+    ax.figure.savefig(files[1], dpi=110)
+    return f"{count} experiments are in {files[0]}; open {files[1]}"
+
+
+def _tell_table(optimizer: Optimizer, table: pd.DataFrame, name: str) -> None:
+    settings = list(optimizer.space.settings)
+    missing = [column for column in (*settings, *optimizer.outcomes) if column not in table.columns]
+    if missing:
+        raise DataError(
+            f"{name!r} has no column {missing[0]!r}; it needs {', '.join((*settings, *optimizer.outcomes))}."
+        )
+    for row, record in enumerate(table.to_dict("records")):
+        configuration = {key: _plain(record[key], optimizer.space.settings[key]) for key in settings}
+        values = {key: record[key] for key in optimizer.outcomes}
+        try:
+            if all(pd.isna(value) for value in values.values()):
+                optimizer.pending += optimizer.space.decode(optimizer.space.encode([configuration]))
+            else:
+                optimizer.tell(configuration, values)
+        except DataError as error:
+            raise DataError(f"{name!r}, row {row}: {error}") from error
+
+
+def _plain(value: Any, setting: Any) -> Any:
+    """A cell as the space has it: the category that is written so."""
+    if isinstance(setting, list):
+        return next((choice for choice in setting if str(choice) == str(value)), value)
+    return value
+
+
+def _decide(
+    fitted: Any, inputs: Any, described: Any, samples: int, seed: int
+) -> tuple[Decision, list[str] | None]:
+    if not isinstance(described, dict) or len(described) != 1:
+        raise OptionError(f"The utility file must be {UTILITIES}.")
+    ((kind, about),) = described.items()
+    try:
+        if kind == "newsvendor":
+            utility = Newsvendor(float(about["underage"]), float(about["overage"]))
+            return best_action(fitted, inputs, None, utility, seed=seed), None
+        if kind == "costs":
+            if not hasattr(fitted, "classes_"):
+                raise OptionError("costs are for classes, but this model predicts numbers.")
+            classes = [str(label) for label in fitted.classes_]
+            cost = [[float(row[label]) for label in classes] for row in about.values()]
+            return best_action(fitted, inputs, None, CostMatrix(cost), seed=seed), list(about)
+        if kind == "payoff":
+            amounts = torch.tensor([float(a) for a in about["amounts"]], dtype=torch.float64)
+            risk: Any = None
+            if "aversion" in about:
+                risk = MeanVariance(float(about["aversion"]))
+            elif "worst_share" in about:
+                risk = CVaR(float(about["worst_share"]))
+            decision = best_action(fitted, inputs, amounts, Linear(), risk, samples, seed)
+            return decision, [f"{a:g}" for a in amounts.tolist()]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, OptionError | DataError):
+            raise
+        raise OptionError(f"The utility file does not fit ({error!r}); it must be {UTILITIES}.") from error
+    raise OptionError(f"There is no utility {kind!r}; the file must be {UTILITIES}.")
+
+
+def _goals(goals: Sequence[str]) -> dict[str, str]:
+    """ "yield=maximize" by name of the outcome."""
+    found = {}
+    for goal in goals:
+        name, _, direction = goal.partition("=")
+        found[name] = direction or "minimize"
+    if not found:
+        raise OptionError(
+            "Say what to make small or large: --goal COLUMN=minimize or --goal COLUMN=maximize."
+        )
+    return found
+
+
+def _inputs(fitted: Any, table: pd.DataFrame, known: Sequence[str]) -> pd.DataFrame:
+    """The columns of the fit, in its order; where one is missing the encoder says so."""
+    if not hasattr(fitted.encoder_, "feature_names_in_"):
+        return table
+    return table[[name for name in known if name in table.columns]]
+
+
+def _numbered(pool: str) -> Any:
+    start = 0
+    for part in read_parts(pool, CHUNK):
+        part.index = pd.RangeIndex(start, start + len(part))
+        start += len(part)
+        yield part
+
+
+def _json(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path!r} cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise DataError(f"{path!r} is not JSON: {error}.") from error
+
+
+def _files(out: str, overwrite: bool, sources: Sequence[str]) -> tuple[Path, Path]:
+    """The table and the picture to write. Raises OptionError where something would be lost."""
+    table = Path(out)
+    if not table.name.lower().endswith((".csv", ".tsv", ".parquet", ".pq")):
+        raise OptionError(f"{out!r}: write to a name that ends in .csv or .parquet.")
+    picture = table.with_suffix(".png")
+    if table.resolve() in [Path(source).resolve() for source in sources]:
+        raise OptionError(f"{out!r} is what the decision is made from; give another name.")
+    for file in (table, picture):
+        if file.exists() and not overwrite:
+            raise OptionError(f"{str(file)!r} exists; give another name, or --overwrite to replace it.")
+    return table, picture
+
+
+def _axes() -> Any:
+    """Axes of a figure of their own, without pyplot and its windows."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure.subplots()
