@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=NO_CUDA))
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def _seeded() -> None:
     """The same random numbers for a test whatever ran before it."""
     np.random.seed(0)  # noqa: NPY002  libraries under comparison draw from the global generator

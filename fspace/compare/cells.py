@@ -111,9 +111,10 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "fresh": getattr(cell.dataset, "fresh", False),
         "scores": {},
     }
-    if cell.threads is not None:
-        torch.set_num_threads(cell.threads)
+    threads = torch.get_num_threads()
     try:
+        if cell.threads is not None:
+            torch.set_num_threads(cell.threads)
         with threadpool_limits(cell.threads), warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("default")
             _fit_and_measure(cell, row)
@@ -122,6 +123,8 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         row |= {"status": "failed", "reason": str(error)}
     except Exception as error:  # a method may raise anything; the table says so, and the others go on
         row |= {"status": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]}
+    finally:
+        torch.set_num_threads(threads)
     return row
 
 
