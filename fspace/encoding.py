@@ -21,7 +21,7 @@ from fspace.canvas import array
 from fspace.datasets import write_table
 from fspace.encoding_data import Material, read_material, same_file
 from fspace.encoding_scores import measured
-from fspace.errors import DataError, OptionError
+from fspace.errors import DataError, NumericalError, OptionError
 from fspace.folders import (
     AMORTIZED,
     LATENTS,
@@ -119,7 +119,10 @@ def encode_data(run: EncodeRun, quiet: bool = False) -> dict[str, Any]:
     folder = choose_folder(run.out, run.overwrite)
     if same_file(run.data, folder, RESULTS):
         raise OptionError(f"--out {folder}: the results would replace {run.data}, which they are made from.")
-    material = read_material(run.data, run.series, run.time, run.label, run.drop, run.model not in STEPWISE)
+    material = read_material(
+        run.data, run.series, run.time, run.label, run.drop,
+        gaps=run.model not in STEPWISE, scaled=run.options.get("likelihood") != "categorical",
+    )  # fmt: skip
     name = run.model or _usual(material)
     if name == "gp-prior" and material.kind == "images":
         material = material.as_frames()
@@ -132,7 +135,15 @@ def encode_data(run: EncodeRun, quiet: bool = False) -> dict[str, Any]:
         raise OptionError(f"--out {folder}: the folder cannot be made ({error.strerror}).") from error
     try:
         started = time.perf_counter()
-        model.fit(_data(name, material, train), progress=not quiet, **plan)
+        try:
+            model.fit(_data(name, material, train), progress=not quiet, **plan)
+        except (
+            NumericalError
+        ) as error:  # what was learnt before is not lost, unless it would replace other results
+            if run.overwrite or not hasattr(model, "history_") or not model.history_.held_out:
+                raise
+            model.save(part / AMORTIZED)
+            raise NumericalError(f"{error} The best state before that is {folder / AMORTIZED}.") from error
         seconds = time.perf_counter() - started
         if model.history_.stopped == "interrupted":
             warnings.warn("Interrupted; the best state so far is kept.", stacklevel=2)

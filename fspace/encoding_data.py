@@ -64,8 +64,10 @@ def read_material(
     label: str | None = None,
     drop: Sequence[str] = (),
     gaps: bool = False,
+    scaled: bool = True,
 ) -> Material:
-    """A table, an array of images, or without a path scikit-learn's digits. gaps: NaN may stay in series.
+    """A table, an array of images, or without a path scikit-learn's digits. gaps: NaN may stay in series;
+    scaled: arrays of numbers of 8 bits are brought to 0..1.
 
     Raises DataError for files that are not there, damaged, or hold text, NaN or infinity, naming the row.
     """
@@ -74,7 +76,7 @@ def read_material(
         for option, name in asked:
             if name is not None:
                 raise DataError(f"{option} {name}: images have no columns; that is for tables.")
-        return _digits() if data is None else _array(Path(data))
+        return _digits() if data is None else _array(Path(data), scaled)
     table = read_table(data)
     names = list(table.columns)
     for option, column in asked:
@@ -85,6 +87,9 @@ def read_material(
         raise DataError("No column is left to encode.")
     values = np.stack([_numbers(table[name], name) for name in kept], axis=1)
     in_series = series is not None or time is not None
+    if gaps and in_series and bool(np.isnan(values).all(axis=0).any()):
+        empty = kept[int(np.isnan(values).all(axis=0).argmax())]
+        raise DataError(f"Column {empty!r} has no value in any row. Leave it out: --drop {empty}.")
     require_finite(np.nan_to_num(values, nan=0.0) if gaps and in_series else values, kept, "DATA")
     material = Material("series" if in_series else "rows", values, str(data), kept)
     material.ending = "parquet" if data.lower().endswith((".parquet", ".pq")) else "csv"
@@ -100,8 +105,9 @@ def _digits() -> Material:
     return Material("images", images, "scikit-learn's digits", label=labels, label_name="digit")
 
 
-def _array(file: Path) -> Material:
-    """Images [n, c, h, w] or [n, h, w], or rows [n, d], from a .npy file; nothing in it is ever unpickled."""
+def _array(file: Path, scaled: bool) -> Material:
+    """Images [n, c, h, w] or [n, h, w], or rows [n, d], from a .npy file; nothing in it is ever unpickled.
+    scaled: numbers of 8 bits are brought to 0..1."""
     if not file.is_file():
         raise DataError(f"There is no file {str(file)!r}.")
     try:
@@ -116,9 +122,9 @@ def _array(file: Path) -> Material:
         raise DataError(
             f"{str(file)!r} has the shape {list(values.shape)}; images are [n, h, w] or [n, c, h, w], rows [n, d]."
         )
-    note = ""
-    if values.dtype == np.uint8:
-        values, note = values / 255.0, "Whole numbers of 8 bits (0 to 255) were divided by 255."
+    note, top = "", int(values.max()) if values.dtype == np.uint8 else 1
+    if scaled and top > 1:  # by 255, images of a smaller range would all be black
+        values, note = values / top, f"Whole numbers of 8 bits were divided by their largest, {top}."
     values = values.astype(np.float64)
     require_finite(values, [f"x{i}" for i in range(values.shape[1])] if values.ndim == 2 else None, "DATA")
     if values.ndim == 2:
@@ -148,6 +154,11 @@ def _into_series(material: Material, table: pd.DataFrame, series: str | None, ti
         which, _ = pd.factorize(table[series])
     when = np.arange(n, dtype=np.float64)
     if time is not None:
+        if any(isinstance(cell, str | bytes) for cell in table[time].to_numpy(dtype=object)):
+            raise DataError(
+                f"--time {time}: the column holds text (row 0: {table[time].iloc[0]!r}), and times are numbers, "
+                "such as days since the first; for dates (pandas.to_datetime(x) - start) / pandas.Timedelta(days=1)."
+            )
         when = _numbers(table[time], time)
         require_finite(when[:, None], [time], "DATA")
     for k in range(int(which.max()) + 1):

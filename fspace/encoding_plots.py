@@ -64,7 +64,10 @@ def latent_map(
     places, share = principal(means, means)
     size, alpha = marker(len(means))
     numeric = colour.dtype.kind in "fiub"
-    kinds = np.unique(colour.astype(str)) if not numeric else np.unique(colour)
+    kinds = np.unique(colour.astype(str)) if not numeric else np.unique(colour[~_missing(colour)])
+    if numeric and bool(_missing(colour).any()):
+        these = _missing(colour)
+        ax.scatter(places[these, 0], places[these, 1], s=size, color=GREY, alpha=alpha, lw=0, label="none")
     if len(kinds) <= MOST_CLASSES:
         shades = _shades(len(kinds))
         for kind, shade in zip(kinds, shades):
@@ -97,6 +100,10 @@ def latent_map(
         ax, title, f"first component ({share[0]:.0%} of the variance)", f"second component ({share[1]:.0%})"
     )
     return ax
+
+
+def _missing(numbers: NDArray) -> NDArray:
+    return np.isnan(numbers.astype(float))
 
 
 def _shades(n: int) -> list[Any]:

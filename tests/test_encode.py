@@ -128,6 +128,26 @@ def test_bits_are_reported_with_their_hard_and_their_relaxed_bound(full_run, tmp
     assert metrics["options"]["likelihood"] == "bernoulli" and "255" in metrics["notes"][0]
 
 
+def test_numbers_of_8_bits_keep_their_range(run, tmp_path):
+    rng = np.random.default_rng(0)
+    grey, mask, kinds = (
+        rng.integers(0, 17, (30, 3, 3)),
+        rng.integers(0, 2, (30, 3, 3)),
+        rng.integers(0, 4, (30, 5)),
+    )
+    for name, x in (("grey", grey), ("mask", mask), ("kinds", kinds)):
+        np.save(tmp_path / f"{name}.npy", x.astype(np.uint8))
+    said = {}
+    for name, options in (("grey", []), ("mask", []), ("kinds", ["--likelihood", "categorical"])):
+        assert run(f"{name}.npy", *options, "--latents", 1, "--out", name, *QUICK)[0] == 0
+        said[name] = json.loads(open(f"{name}/metrics.json").read())
+    assert "largest, 16" in said["grey"]["notes"][0]
+    assert said["mask"]["notes"] == [] and said["mask"]["options"]["likelihood"] == "bernoulli"
+    means = np.load("grey/reconstructions.npy").mean(), np.load("mask/reconstructions.npy").mean()
+    np.testing.assert_allclose(means, [grey.mean() / 16, mask.mean()], atol=0.05)
+    assert set(np.unique(read_table("kinds/reconstructions.csv").drop(columns="row"))) <= {0, 1, 2, 3}
+
+
 def test_without_data_digits_are_encoded_and_draw_draws_them(run, monkeypatch):
     from fspace import encoding, encoding_data
 
@@ -202,7 +222,7 @@ def test_states_of_series(full_run, tmp_path, name, group):
     """Answers are in the order of the table, whose rows are in disorder, and are those of the model."""
     write_table(waves(), tmp_path / "waves.csv")
     arguments = ["waves.csv", "--series", "who", "--time", "hour", "--model", name, "--samples", 4]
-    extra = ["--components", 2, "--objective", "concrete"] if group else []
+    extra = ["--components", 2] if group else []  # states are sampled: both bounds are told all the same
     assert full_run(*arguments, *extra, "--out", "r", *QUICK)[0] == 0
     model, latents = load("r/model.amortized"), read_table("r/latents.csv")
     assert list(latents) == ["row", "who", "hour", "z0", "z1", *group]
@@ -220,6 +240,7 @@ def test_states_of_series(full_run, tmp_path, name, group):
     bounds = json.loads(open("r/metrics.json").read())["scores"]["fitted"]["bounds"]
     assert set(bounds) == ({"fivo", "relaxed"} if group else {"fivo"})
     page = open("r/report.html").read()
+    assert ("relaxed bound (no bound of this model)" in page) == bool(group)
     assert "particles count" in page and "64 particles per series" in page
 
 
@@ -281,6 +302,35 @@ def test_ctrl_c_keeps_the_best_state_and_writes_everything(full_run, tmp_path, m
     assert load("r/model.amortized").history_.stopped == "interrupted"
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_divergence_keeps_what_was_learnt_before_and_earlier_results(run, tmp_path, monkeypatch, overwrite):
+    write_table(flowers(), tmp_path / "flowers.csv")
+    command = ["flowers.csv", "--drop", "kind", "--out", "r", *QUICK]
+    if overwrite:
+        assert run(*command)[0] == 0
+        earlier = open("r/latents.csv").read()
+    epoch, done = training._epoch, []
+
+    def spoil(run, *args):
+        done.append(1)
+        if len(done) == 2:
+            run.model.encoder.layers[0].weight.data.fill_(float("nan"))
+        return epoch(run, *args)
+
+    monkeypatch.setattr(training, "_epoch", spoil)
+    result = run(*command, *(["--overwrite"] if overwrite else []))
+    refused(result, "diverged in pass 2", "Lower the learning rate")
+    if overwrite:
+        assert sorted(os.listdir("r")) == FILES and open("r/latents.csv").read() == earlier
+    else:
+        assert "best state before that is r/model.amortized" in result[2] and os.listdir("r") == [
+            "model.amortized"
+        ]
+        model = load("r/model.amortized")
+        assert model.history_.stopped == "diverged" and len(model.history_.held_out) == 1
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
 # ---- refusals --------------------------------------------------------------------------------------
 
 
@@ -306,6 +356,9 @@ def test_ctrl_c_keeps_the_best_state_and_writes_everything(full_run, tmp_path, m
         (["cut.npy"], ["no whole .npy array"]),
         (["flat.npy"], ["[5]", "[n, h, w]"]),
         (["hole.npy"], ["Row 3", "NaN"]),
+        (["empty.csv", "--time", "hour"], ["Column 'a'", "no value", "--drop a"]),
+        (["dates.csv", "--time", "day"], ["--time day", "2020-01-01", "times are numbers"]),
+        (["x.npy", "--learning-rate", "1e30"], ["diverged in pass 1", "Lower the learning rate (1e+30)"]),
         (["x.npy", "--objective", "vimco"], ["--objective vimco", "gaussian latents"]),
         (["x.npy", "--latent", "cubes"], ["--latent cubes"]),
         (["x.npy", "--network", "conv"], ["cannot be halved"]),
@@ -323,6 +376,8 @@ def test_refusals_are_one_line(run, tmp_path, arguments, words):
     write_table(gap, tmp_path / "gap.csv")
     write_table(waves(), tmp_path / "waves.csv")
     write_table(waves(1), tmp_path / "one.csv")
+    write_table(pd.DataFrame({"hour": [0.0, 1.0], "a": [np.nan] * 2}), tmp_path / "empty.csv")
+    write_table(pd.DataFrame({"day": ["2020-01-01", "2020-01-02"], "a": [1.0, 2.0]}), tmp_path / "dates.csv")
     rng = np.random.default_rng(0)
     x = rng.random((10, 5, 5))
     np.save(tmp_path / "x.npy", x)
@@ -370,6 +425,10 @@ def test_what_the_pictures_show():
     assert ax.get_title(loc="left").startswith("2 of 3")
     kinds = encoding_plots.latent_map(z, np.array(["a", "b"] * 20), "kind")
     assert [t.get_text() for t in kinds.get_legend().get_texts()] == ["a", "b"]
+    some = np.where(np.arange(40) < 10, np.nan, np.arange(40) % 2)  # a label that not all rows have
+    told = encoding_plots.latent_map(z, some, "kind")
+    assert [t.get_text() for t in told.get_legend().get_texts()] == ["none", "0", "1"]
+    assert [len(dots.get_offsets()) for dots in told.collections] == [10, 15, 15]
     numbers = encoding_plots.latent_map(z[:, :1], np.linspace(0, 1, 40), "log-likelihood")  # one latent
     assert np.ptp(numbers.collections[0].get_offsets()[:, 1]) == 0
     ess = encoding_plots.ess_along([np.full(5, 8.0), np.full(3, 4.0)], 8)

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fspace.errors import OptionError
+from fspace.inference.amortized import checks
 from fspace.inference.amortized.proposals import DiagonalGaussian
 from fspace.inference.amortized.series import LIKELIHOODS, SeriesModel, log_gaussian, moments, parts_of
 from fspace.inference.amortized.training import Rows, Step
@@ -62,8 +63,7 @@ class CausalVAE(SeriesModel):
             "dilations": min(dilations, default=0),
         }
         for name, size in sizes.items():
-            if size < 1:
-                raise OptionError(f"{name}={size!r} must be at least 1.")
+            checks.count(size, name)
         self.latents, self.channels, self.dilations = latents, channels, list(dilations)
         self.samples, self.likelihood, self.device = samples, likelihood, device
 

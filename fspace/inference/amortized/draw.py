@@ -11,13 +11,13 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from fspace.errors import DataError, OptionError
-from fspace.inference.amortized import attention, bounds
+from fspace.inference.amortized import attention, bounds, checks
+from fspace.inference.amortized.arrays import numbers
 from fspace.inference.amortized.evaluate import LogLikelihood
 from fspace.inference.amortized.evaluate import log_likelihood as by_importance
 from fspace.inference.amortized.model import AmortizedModel
@@ -58,8 +58,7 @@ class DRAW(AmortizedModel):
         if likelihood not in ("bernoulli", "gaussian"):
             raise OptionError(f"likelihood={likelihood!r} does not exist; choose 'bernoulli' or 'gaussian'.")
         for name, value in (("latents", latents), ("hidden", hidden), ("steps", steps), ("samples", samples)):
-            if value < 1:
-                raise OptionError(f"{name}={value!r} must be at least 1.")
+            checks.count(value, name)
         if patch < 0:
             raise OptionError(f"patch={patch!r} must not be negative; 0 is without attention.")
         self.latents, self.hidden, self.steps, self.patch = latents, hidden, steps, patch
@@ -67,7 +66,7 @@ class DRAW(AmortizedModel):
 
     def prepare(self, data: Any) -> Rows:
         """Images, float32."""
-        x = torch.as_tensor(np.asarray(data, dtype=np.float32))
+        x = numbers(data)
         if x.ndim != 4 or len(x) == 0:
             raise DataError(f"Data must be images [n, c, h, w], at least one; they are {list(x.shape)}.")
         check_rows(x.flatten(1), self.likelihood)

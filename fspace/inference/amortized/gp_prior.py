@@ -23,6 +23,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fspace.errors import DataError, OptionError
+from fspace.inference.amortized import checks
+from fspace.inference.amortized.arrays import numbers
 from fspace.inference.amortized.model import AmortizedModel
 from fspace.inference.amortized.training import Rows, Step, plan_of, train
 from fspace.inference.basis import FIRST_JITTER, Basis, Site
@@ -71,8 +73,7 @@ class GPPriorVAE(AmortizedModel):
                 f"likelihood={likelihood!r} does not exist; choose one of {', '.join(LIKELIHOODS)}."
             )
         for name, value in (("latents", latents), ("inducing", inducing), ("frames", frames)):
-            if value < 1:
-                raise OptionError(f"{name}={value!r} must be at least 1.")
+            checks.count(value, name)
         self.latents, self.inducing, self.frames = latents, inducing, frames
         object.__setattr__(self, "kernel", kernel)  # an option: what is trained is a copy of it
         self.widths, self.likelihood, self.device = list(widths), likelihood, device
@@ -88,7 +89,9 @@ class GPPriorVAE(AmortizedModel):
     def prepare(self, data: Any) -> Rows:
         """Series padded to one length: t [s, T, d], x [s, T, p], whether a value was seen [s, T, p], which frames make
         the site [s, T], and which are to be predicted from these [s, T] (none, but while training)."""
-        series = [data] if isinstance(data, tuple) else list(data)
+        series = [data] if isinstance(data, tuple) else data
+        if not isinstance(series, list):
+            raise DataError("Data must be a pair (t, x) of times and frames, or a list of such pairs.")
         if not series:
             raise DataError("There is no series.")
         parts = [_series(pair, k) for k, pair in enumerate(series)]
@@ -389,7 +392,7 @@ def _hidden(rows: Rows, share: float, generator: torch.Generator) -> Rows:
 def _series(pair: Any, k: int) -> tuple[Tensor, Tensor]:
     if not isinstance(pair, tuple) or len(pair) != 2:
         raise DataError(f"Series {k} must be a pair (t, x) of times and frames.")
-    t, x = _times(pair[0], k), torch.as_tensor(np.asarray(pair[1], dtype=np.float64))
+    t, x = _times(pair[0], k), numbers(pair[1], f"The frames of series {k}", np.float64)
     if x.ndim == 1:
         x = x[:, None]
     if len(t) != len(x) or len(t) == 0:
@@ -404,7 +407,7 @@ def _series(pair: Any, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _times(t: Any, k: int) -> Float[Tensor, "T d"]:
-    t = torch.as_tensor(np.asarray(t, dtype=np.float64))
+    t = numbers(t, f"The times of series {k}", np.float64)
     t = t[:, None] if t.ndim == 1 else t
     if t.ndim != 2 or not bool(t.isfinite().all()):
         raise DataError(f"Series {k}: t must be [T] or [T, d] finite numbers; it is {list(t.shape)}.")

@@ -22,7 +22,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fspace.errors import DataError, OptionError
-from fspace.inference.amortized import smc
+from fspace.inference.amortized import checks, smc
+from fspace.inference.amortized.arrays import numbers
 from fspace.inference.amortized.model import AmortizedModel
 from fspace.inference.amortized.series import parts_of
 from fspace.inference.amortized.training import Rows, Step, plan_of, train
@@ -70,8 +71,7 @@ class GPStateSpace(AmortizedModel):
             raise OptionError(f"kernel={kernel!r} does not exist; choose one of {', '.join(KERNELS)}.")
         sizes = {"latents": latents, "inducing": inducing, "particles": particles, "hidden": hidden}
         for name, value in sizes.items():
-            if value < 1:
-                raise OptionError(f"{name}={value!r} must be at least 1.")
+            checks.count(value, name)
         self.latents, self.kernel, self.inducing, self.particles = latents, kernel, inducing, particles
         self.hidden, self.device = hidden, device
 
@@ -368,9 +368,15 @@ def _gaussian(error: Tensor, variance: Tensor) -> Tensor:
 
 def _series(data: Any, k: int) -> tuple[Float[Tensor, "T p"], Float[Tensor, "T q"]]:
     y, c = data if isinstance(data, tuple) else (data, None)
-    y = torch.as_tensor(np.asarray(y, dtype=np.float64))
+    y = numbers(y, f"The steps of series {k}", np.float64)
     y = y[:, None] if y.ndim == 1 else y
-    c = torch.zeros(len(y), 0).double() if c is None else torch.as_tensor(np.asarray(c, dtype=np.float64))
+    if y.ndim == 0:
+        raise DataError(f"Series {k} must be [T] or [T, p] with T at least 2; it is a single value.")
+    c = (
+        torch.zeros(len(y), 0).double()
+        if c is None
+        else numbers(c, f"The controls of series {k}", np.float64)
+    )
     c = c[:, None] if c.ndim == 1 else c
     if y.ndim != 2 or c.ndim != 2 or len(y) != len(c) or len(y) < 2:
         raise DataError(

@@ -20,6 +20,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 from fspace.errors import OptionError
+from fspace.inference.amortized import checks
 from fspace.inference.amortized.proposals import DiagonalGaussian
 from fspace.inference.amortized.training import Rows
 from fspace.inference.amortized.vae import VAE
@@ -52,8 +53,7 @@ class MixtureVAE(VAE):
             raise OptionError(
                 f"objective={objective!r} does not exist; choose one of {', '.join(OBJECTIVES)}."
             )
-        if components < 1:
-            raise OptionError(f"components={components!r} must be at least 1.")
+        checks.count(components, "components")
         super().__init__(latents, "gaussian", widths, network, likelihood, objective, samples, device=device)
         self.components = components
 
@@ -74,13 +74,20 @@ class MixtureVAE(VAE):
         From a random start two groups often share a component for good."""
         super().begin(rows)
         read = self.observations.read(rows[0])
-        axes = PCA(min(AXES, *read.shape)).fit_transform(read[:ROWS].cpu().numpy())
-        groups = KMeans(min(self.components, len(axes)), n_init=5, random_state=0).fit_predict(axes)
+        seen = read[:ROWS].cpu().numpy()
+        axes = (
+            PCA(min(AXES, *seen.shape)).fit_transform(seen) if len(np.unique(seen, axis=0)) > 1 else 0 * seen
+        )
+        distinct = len(np.unique(axes, axis=0))
+        groups = KMeans(min(self.components, distinct), n_init=5, random_state=0).fit_predict(axes)
         last = [layer for layer in self.encoder.modules() if isinstance(layer, nn.Linear)][-1]
         q, logits = self.propose(rows[0][:ROWS]), torch.tensor(np.bincount(groups))
         assert isinstance(q, DiagonalGaussian)
         means = q.mean
-        spread, count = means.std(0, correction=0).clamp(min=1e-6), self.latents[0]
+        spread, count = means.std(0, correction=0), self.latents[0]
+        spread = torch.where(
+            spread > 1e-6, spread, torch.ones_like(spread)
+        )  # of rows that are all the same: 1
         last.weight[:count] /= spread[:, None]  # standardised means, and a posterior narrower than that
         last.bias[:count] = (last.bias[:count] - means.mean(0)) / spread
         last.bias[count:] -= 1.0

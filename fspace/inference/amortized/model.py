@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Float
 from safetensors.torch import load as read_tensors
 from safetensors.torch import save as write_tensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from fspace import __version__
-from fspace.errors import DataError, ModelFileError, NotFittedError
+from fspace.errors import DataError, DeviceError, ModelFileError, NotFittedError
 from fspace.inference.amortized.training import History, Rows, Trainable, plan_of, train
 from fspace.inference.numerics import pick_device, seeded
 
@@ -48,7 +48,6 @@ class AmortizedModel(Trainable):
     """
 
     device: str = "auto"
-    history_: History
 
     @abstractmethod
     def prepare(self, data: Any) -> Rows:
@@ -100,13 +99,22 @@ class AmortizedModel(Trainable):
 
     @property
     def where(self) -> torch.device:
-        """The device the model is on."""
+        """The device the model is on. Raises NotFittedError."""
+        self._require_fit()
         return next(self.parameters()).device
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        if name == "where":  # here Python asks again after NotFittedError, which is an AttributeError too
+            self._require_fit()
+        return super().__getattr__(name)
+
+    def _require_fit(self) -> None:
+        if not hasattr(self, "shape_"):
+            raise NotFittedError(f"This {type(self).__name__} is not fitted yet: call `fit` first.")
 
     def rows_like_fitted(self, data: Any) -> Rows:
         """Data as rows of the kind the model was fitted on. Raises NotFittedError, DataError."""
-        if not hasattr(self, "shape_"):
-            raise NotFittedError(f"This {type(self).__name__} is not fitted yet: call `fit` first.")
+        self._require_fit()
         rows = self.prepare(data)
         shape = self.shape_of(rows)
         if shape != self.shape_:
@@ -161,7 +169,10 @@ def load(path: str | Path, device: str = "auto") -> AmortizedModel:
         model = kind(**header["options"] | {"device": device})
         model._make(header["shape"])
         model.load_state_dict(state)
-        model.history_ = History(**header["history"])
+        if header["history"] is not None:
+            model.history_ = History(**header["history"])
+    except DeviceError:
+        raise
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         if isinstance(error, ModelFileError):
             raise

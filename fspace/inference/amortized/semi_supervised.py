@@ -21,6 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fspace.errors import DataError, OptionError
+from fspace.inference.amortized import checks
+from fspace.inference.amortized.arrays import numbers
 from fspace.inference.amortized.evaluate import LogLikelihood
 from fspace.inference.amortized.evaluate import log_likelihood as by_importance
 from fspace.inference.amortized.model import AmortizedModel
@@ -55,8 +57,7 @@ class SemiSupervisedVAE(AmortizedModel):
     ):
         super().__init__()
         for name, value in (("latents", latents), ("samples", samples)):
-            if value < 1:
-                raise OptionError(f"{name}={value!r} must be at least 1.")
+            checks.count(value, name)
         if not 0 <= alpha < math.inf:
             raise OptionError(f"alpha={alpha!r} must be a number of at least 0.")
         self.latents, self.widths, self.likelihood = latents, list(widths), likelihood
@@ -90,7 +91,7 @@ class SemiSupervisedVAE(AmortizedModel):
     def prepare(self, data: Any) -> Rows:
         """Rows [n, d], and the position of each label in classes_ [n], -1 where it is unknown."""
         values, labels = data if isinstance(data, tuple) else (data, None)
-        x = torch.as_tensor(np.asarray(values, dtype=np.float32))
+        x = numbers(values)
         if x.ndim != 2 or len(x) == 0:
             raise DataError(f"Data must be rows [n, d], at least one; they are {list(x.shape)}.")
         check_rows(x, self.likelihood)

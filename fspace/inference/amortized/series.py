@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from fspace.errors import DataError
+from fspace.inference.amortized.arrays import numbers
 from fspace.inference.amortized.model import AmortizedModel
 from fspace.inference.amortized.training import Rows
 from fspace.kernels.extractors import MLP
@@ -100,7 +100,7 @@ def parts_of(values: Float[Tensor, "T b *k"], lengths: Tensor, data: Any) -> Any
 
 
 def _series(x: Any, k: int) -> Float[Tensor, "T p"]:
-    x = torch.as_tensor(np.asarray(x, dtype=np.float32))
+    x = numbers(x, f"The steps of series {k}")
     x = x[:, None] if x.ndim == 1 else x
     if x.ndim != 2 or len(x) == 0:
         raise DataError(f"Series {k} must be [T] or [T, p] with at least one step; it is {list(x.shape)}.")

@@ -22,7 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fspace.errors import DataError, OptionError
-from fspace.inference.amortized import smc
+from fspace.inference.amortized import checks, smc
+from fspace.inference.amortized.arrays import numbers
 from fspace.inference.amortized.concrete import Concrete
 from fspace.inference.amortized.kalman import Updated, drawn, predicted, updated
 from fspace.inference.amortized.model import AmortizedModel
@@ -68,8 +69,7 @@ class SwitchingLinear(AmortizedModel):
                 f"objective={objective!r} does not exist; choose one of {', '.join(OBJECTIVES)}."
             )
         for name, value in (("components", components), ("latents", latents), ("particles", particles)):
-            if value < 1:
-                raise OptionError(f"{name}={value!r} must be at least 1.")
+            checks.count(value, name)
         self.components, self.latents, self.objective = components, latents, objective
         self.particles, self.device = particles, device
 
@@ -255,13 +255,11 @@ class SwitchingLinear(AmortizedModel):
 
     @torch.no_grad()
     def bounds(self, data: Any, samples: int = 128, seed: int | None = 0) -> dict[str, Float[Tensor, " s"]]:
-        """Bounds of every series by so many particles (nats): "fivo" of the model with discrete states, and for
-        objective "concrete" also "relaxed", the one it climbs, which is no bound of that model."""
+        """Bounds of every series by so many particles (nats): "fivo" of the model with discrete states, and "relaxed",
+        the one that objective "concrete" climbs, which is no bound of that model."""
         rows, generator = self.rows_like_fitted(data), generator_for(seed, self.where)
-        found = {"fivo": self._filtered(rows, check_count(samples, 1), generator).log_evidence}
-        if self.objective == "concrete":
-            found["relaxed"] = self._relaxed(rows, samples, generator).log_evidence
-        return found
+        hard = self._filtered(rows, check_count(samples, 1), generator).log_evidence
+        return {"fivo": hard, "relaxed": self._relaxed(rows, samples, generator).log_evidence}
 
     @torch.no_grad()
     def log_likelihood(self, data: Any, samples: int = 128, seed: int | None = 0) -> Float[Tensor, " s"]:
@@ -392,7 +390,7 @@ def _picked(logits: Float[Tensor, "n b k"], generator: torch.Generator) -> Int[T
 
 
 def _series(y: Any, k: int) -> Float[Tensor, "T p"]:
-    y = torch.as_tensor(np.asarray(y, dtype=np.float64))
+    y = numbers(y, f"The steps of series {k}", np.float64)
     y = y[:, None] if y.ndim == 1 else y
     if y.ndim != 2 or len(y) < 2:
         raise DataError(f"Series {k} must be [T] or [T, p] with at least two steps; it is {list(y.shape)}.")

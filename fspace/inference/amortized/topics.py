@@ -23,8 +23,9 @@ from gpytorch.kernels import MaternKernel, ScaleKernel
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fspace.errors import DataError, OptionError
-from fspace.inference.amortized import bounds
+from fspace.errors import DataError
+from fspace.inference.amortized import bounds, checks
+from fspace.inference.amortized.arrays import numbers
 from fspace.inference.amortized.evaluate import LogLikelihood
 from fspace.inference.amortized.evaluate import log_likelihood as by_importance
 from fspace.inference.amortized.model import AmortizedModel
@@ -71,8 +72,7 @@ class TopicsOverTime(AmortizedModel):
     ):
         super().__init__()
         for name, value in (("topics", topics), ("inducing", inducing), ("samples", samples)):
-            if value < 1:
-                raise OptionError(f"{name}={value!r} must be at least 1.")
+            checks.count(value, name)
         self.topics, self.inducing, self.widths, self.samples = topics, inducing, list(widths), samples
         self.device = device
 
@@ -82,7 +82,7 @@ class TopicsOverTime(AmortizedModel):
         """Counts [n, v] and times [n], float64."""
         if not isinstance(data, tuple) or len(data) != 2:
             raise DataError("Data must be a pair (counts, times).")
-        counts, t = (torch.as_tensor(np.asarray(part, dtype=np.float64)) for part in data)
+        counts, t = (numbers(part, what, np.float64) for part, what in zip(data, ("Counts", "Times")))
         if counts.ndim != 2 or t.shape != counts.shape[:1] or len(t) == 0:
             raise DataError(
                 f"Counts must be [n, v] and times [n], at least one document; they are {list(counts.shape)} and "
@@ -243,7 +243,7 @@ class TopicsOverTime(AmortizedModel):
         """Shares of the topics among documents of times t [n]: [n, k], each sample from one draw of the functions.
 
         `.mean`, and bands by `.interval(level)`."""
-        times = torch.as_tensor(np.asarray(t, dtype=np.float64)).to(self.where)
+        times = numbers(t, "Times", np.float64).to(self.where)
         if times.ndim != 1 or not bool(times.isfinite().all()):
             raise DataError(f"t must be finite numbers [n]; it is {list(times.shape)}.")
         eta = self.posterior_.draw(check_count(samples, 1), seed)(times[:, None])

@@ -4,6 +4,7 @@ checkpoint lets an interrupted run go on as if nothing had happened.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -22,7 +23,9 @@ from safetensors.torch import save as write_tensors
 from torch import Tensor, nn
 
 from fspace.errors import DataError, ModelFileError, NumericalError, OptionError
+from fspace.inference.amortized import checks
 from fspace.interrupts import interrupts
+from fspace.predictive_base import check_seed
 from fspace.progress import progress
 
 Rows: TypeAlias = tuple[Tensor, ...]  # tensors of one length: what row i is, is at [i] of each
@@ -47,6 +50,12 @@ class Trainable(nn.Module):
     def score(self, rows: Rows, generator: torch.Generator) -> Float[Tensor, " b"]:
         """The bound that held-out rows are judged by, of every row."""
 
+    history_: History
+
+    def options(self) -> dict[str, Any]:
+        """What else must be the same for a run to go on from a checkpoint, as JSON."""
+        return {}
+
     def begin(self, rows: Rows) -> None:
         """Called once with all training rows, before the first step."""
 
@@ -64,17 +73,23 @@ class Plan:
     clip: float = 100.0  # largest norm of a gradient
     seed: int = 0
     progress: bool = True
-    checkpoint: str | None = None
+    checkpoint: str | Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "patience"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name}={getattr(self, name)!r} must be at least 1.")
+            checks.count(getattr(self, name), name)
         for name in ("learning_rate", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
+            if not _number(getattr(self, name)) or not 0 < getattr(self, name) < math.inf:
                 raise OptionError(f"{name}={getattr(self, name)!r} must be a positive number.")
-        if not 0 < self.held_out < 1:
+        if not _number(self.held_out) or not 0 < self.held_out < 1:
             raise OptionError(f"held_out={self.held_out!r} must be between 0 and 1.")
+        check_seed(self.seed)
+        if self.checkpoint is not None and not isinstance(self.checkpoint, str | Path):
+            raise OptionError(f"checkpoint={self.checkpoint!r} must be the path of a file.")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def plan_of(options: dict[str, Any]) -> Plan:
@@ -89,7 +104,7 @@ def plan_of(options: dict[str, Any]) -> Plan:
 @dataclass
 class History:
     """What happened in every pass: the mean bound of training and of held-out rows (nats). stopped: why it ended:
-    "patience", "epochs", "interrupted"."""
+    "patience", "epochs", "interrupted", "diverged"."""
 
     train: list[float] = field(default_factory=list)
     held_out: list[float] = field(default_factory=list)
@@ -102,10 +117,13 @@ def train(model: Trainable, rows: Rows, plan: Plan, judged: Rows | None = None) 
 
     judged: rows to hold out (None: `plan.held_out` of the rows, at random).
 
-    Raises DataError for fewer than two rows, NumericalError where the bound is no number (the best state so far is
-    then in place), ModelFileError for a checkpoint of another run.
+    Raises DataError for fewer than two rows, NumericalError where training diverges (the best state so far is then in
+    place, and what led there in history_), ModelFileError for a checkpoint of another run.
     """
-    n = len(rows[0])
+    n, given = (
+        len(rows[0]),
+        (*rows, *(judged or ()), *model.buffers()),
+    )  # buffers: labels, where a model has such
     generator = torch.Generator(device=rows[0].device).manual_seed(plan.seed)
     kept = rows
     if judged is None:
@@ -117,8 +135,9 @@ def train(model: Trainable, rows: Rows, plan: Plan, judged: Rows | None = None) 
     model.begin(kept)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, plan.learning_rate)
-    run = _Run(model, optimiser, generator, plan, n)
+    run = _Run(model, optimiser, generator, plan, given)
     run.resume()
+    model.history_ = run.history
     try:
         with interrupts() as held_back, progress("training", plan.progress) as tell:
             while run.more():
@@ -127,8 +146,19 @@ def train(model: Trainable, rows: Rows, plan: Plan, judged: Rows | None = None) 
                 tell(held_out=run.history.held_out[-1], done=len(run.history.train), total=plan.epochs)
                 run.keep()
     except KeyboardInterrupt:
-        run.history.train = run.history.train[: len(run.history.held_out)]
-        run.history.stopped = "interrupted"
+        run.stop("interrupted")
+    except (ArithmeticError, RuntimeError, ValueError) as error:
+        lost = not all(bool(p.isfinite().all()) for p in parameters)
+        told = isinstance(error, DataError | OptionError | NumericalError)
+        if not run.steps or not (
+            lost or told
+        ):  # where nothing has moved yet, the error is about what was given
+            raise
+        run.stop("diverged")
+        raise NumericalError(
+            f"Training diverged in pass {len(run.history.held_out) + 1}: {error} Lower the learning rate "
+            f"({plan.learning_rate:g}) or scale the data."
+        ) from error
     finally:
         run.restore()
         model.eval()
@@ -166,6 +196,7 @@ def _epoch(run: _Run, rows: Rows, parameters: list[nn.Parameter], check: Any) ->
                     parameter.grad = grad if parameter.grad is None else parameter.grad + grad
         torch.nn.utils.clip_grad_norm_(parameters, run.plan.clip)
         run.optimiser.step()
+        run.steps += 1
         total += step.bound.detach().to(torch.float64).sum()
     return total.item() / n
 
@@ -173,12 +204,13 @@ def _epoch(run: _Run, rows: Rows, parameters: list[nn.Parameter], check: Any) ->
 class _Run:
     """What a run is made of, and how it is written down."""
 
-    def __init__(self, model: Trainable, optimiser: Any, generator: torch.Generator, plan: Plan, rows: int):
+    def __init__(self, model: Trainable, optimiser: Any, generator: torch.Generator, plan: Plan, rows: Rows):
         self.model, self.optimiser, self.generator, self.plan, self.rows = (
             model, optimiser, generator, plan, rows,
         )  # fmt: skip
-        self.history = History()
+        self.history, self.steps = History(), 0
         self.best = _copied(model.state_dict())
+        self.about = self._about() if plan.checkpoint is not None else {}
 
     def more(self) -> bool:
         done, best = len(self.history.train), self.history.best_epoch
@@ -198,21 +230,27 @@ class _Run:
                 torch.cat([self.model.score(part, fixed) for part in parts]).to(torch.float64).mean().item()
             )
         if not math.isfinite(score):
-            raise NumericalError(
-                f"The held-out bound is {score} after pass {len(self.history.train)}. Lower the learning rate "
-                f"({self.plan.learning_rate:g}) or scale the data; the best state so far is kept."
-            )
+            raise NumericalError(f"The held-out bound is {score}.")
         best = self.history.best_epoch
         if best < 0 or score > self.history.held_out[best]:
             self.history.best_epoch, self.best = len(self.history.held_out), _copied(self.model.state_dict())
         self.history.held_out.append(score)
 
+    def stop(self, why: str) -> None:
+        """End within a pass, which does not count."""
+        self.history.train = self.history.train[: len(self.history.held_out)]
+        self.history.stopped = why
+
     def restore(self) -> None:
         self.model.load_state_dict(self.best)
 
     def _about(self) -> dict[str, Any]:
-        plan = asdict(self.plan) | {"epochs": None, "patience": None, "progress": None, "checkpoint": None}
-        return {"plan": plan, "rows": self.rows, "class": type(self.model).__name__}
+        """What must be the same for a run to go on."""
+        free = ("epochs", "patience", "progress", "checkpoint")
+        plan = {name: value for name, value in asdict(self.plan).items() if name not in free}
+        options = {name: value for name, value in self.model.options().items() if name != "device"}
+        about = {"class": type(self.model).__name__, "rows": len(self.rows[0])} | plan | options
+        return json.loads(json.dumps(about | {"data": _digest(self.rows)}))
 
     def keep(self) -> None:
         """Write the checkpoint, whole or not at all."""
@@ -223,7 +261,7 @@ class _Run:
         for i, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{i}.{k}": v for k, v in state.items()}
         tensors["generator"] = self.generator.get_state()
-        header = self._about() | {"history": asdict(self.history)}
+        header = {"about": self.about, "history": asdict(self.history)}
         path = Path(self.plan.checkpoint)
         part = path.with_name(f".{uuid.uuid4().hex[:8]}.part")
         try:
@@ -251,12 +289,16 @@ class _Run:
         except (
             Exception
         ) as error:  # zipfile, json and safetensors each raise their own kinds for damaged bytes
-            raise ModelFileError(f"checkpoint={path!r} is no checkpoint, or damaged ({error}).") from error
-        theirs = {k: header.get(k) for k in self._about()}
-        if theirs != self._about():
             raise ModelFileError(
-                f"checkpoint={path!r} is of another run ({theirs}, this one: {self._about()}); name another file, or "
-                "remove it to start again."
+                f"checkpoint={str(path)!r} is no checkpoint, or damaged ({error})."
+            ) from error
+        theirs = header.get("about", {})
+        other = [k for k, value in self.about.items() if theirs.get(k) != value]
+        if other:
+            words = [f"{k}={theirs.get(k)!r}, not {self.about[k]!r}" for k in other if k != "data"]
+            raise ModelFileError(
+                f"checkpoint={str(path)!r} is of another run ({', '.join(words) or 'other data'}); name another file, "
+                "or remove it to start again."
             )
         part = lambda name: {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}  # noqa: E731
         try:
@@ -271,7 +313,16 @@ class _Run:
             self.history = History(**header["history"])
             self.history.stopped = ""
         except (RuntimeError, LookupError, TypeError, ValueError) as error:
-            raise ModelFileError(f"checkpoint={path!r} does not fit this model: {error}") from error
+            raise ModelFileError(f"checkpoint={str(path)!r} does not fit this model: {error}") from error
+
+
+def _digest(rows: Rows) -> str:
+    """Tells rows from others."""
+    found = hashlib.sha256()
+    for part in rows:
+        found.update(f"{part.dtype} {list(part.shape)}".encode())
+        found.update(part.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _copied(state: dict[str, Tensor]) -> dict[str, Tensor]:

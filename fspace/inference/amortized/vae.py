@@ -12,13 +12,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from fspace.errors import DataError, OptionError
-from fspace.inference.amortized import bounds, control_variates, gradients, score
+from fspace.inference.amortized import bounds, checks, control_variates, gradients, score
+from fspace.inference.amortized.arrays import numbers
 from fspace.inference.amortized.concrete import BinaryConcrete, Concrete, relaxed_log_weights
 from fspace.inference.amortized.evaluate import LogLikelihood
 from fspace.inference.amortized.evaluate import log_likelihood as by_importance
@@ -70,9 +70,11 @@ class VAE(AmortizedModel):
         objective = known[0] if objective is None else objective
         if objective not in known:
             raise OptionError(f"objective={objective!r} is none for {latent} latents: {', '.join(known)}.")
-        layers = [latents] if isinstance(latents, int) else list(latents)
-        if not layers or min(layers) < 1 or samples < 1 or categories < 2:
-            raise OptionError("latents and samples must be at least 1, categories at least 2.")
+        layers: list[Any] = list(latents) if isinstance(latents, list | tuple) else [latents]
+        for name, value in (*(("latents", layer) for layer in layers), ("samples", samples)):
+            checks.count(value, name)
+        if not layers or checks.count(categories, "categories") < 2:
+            raise OptionError("There must be at least one layer of latents, and 2 categories.")
         if len(layers) > 1 and latent != "gaussian":
             raise OptionError("Several stochastic layers are for Gaussian latents.")
         if beta != 1.0 and objective not in ("elbo",):
@@ -87,7 +89,7 @@ class VAE(AmortizedModel):
 
     def prepare(self, data: Any) -> Rows:
         """Rows [n, d], images flat, float32."""
-        x = torch.as_tensor(np.asarray(data, dtype=np.float32))
+        x = numbers(data)
         if x.ndim not in (2, 4) or len(x) == 0:
             raise DataError(
                 f"Data must be rows [n, d] or images [n, c, h, w], at least one; they are {list(x.shape)}."

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fspace.errors import DataError, NotFittedError, OptionError
+from fspace.inference.amortized import checks
 from fspace.inference.amortized.model import AmortizedModel
 from fspace.inference.amortized.training import Rows, Step, hold_out, plan_of, train
 from fspace.inference.amortized.vae import VAE
@@ -58,8 +59,9 @@ class VAEKernelGP(AmortizedModel):
         device: str = "auto",
     ):
         super().__init__()
-        if not 0 <= weight < math.inf or inducing < 1:
-            raise OptionError("weight must be a number of at least 0, and inducing at least 1.")
+        if not 0 <= weight < math.inf:
+            raise OptionError(f"weight={weight!r} must be a number of at least 0.")
+        checks.count(inducing, "inducing")
         self.latents, self.widths, self.network, self.likelihood = latents, list(widths), network, likelihood
         self.weight, self.inducing, self.device = weight, inducing, device
         self._new_vae()  # which refuses what makes no sense

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fspace.errors import OptionError
-from fspace.inference.amortized import smc
+from fspace.inference.amortized import checks, smc
 from fspace.inference.amortized.concrete import BinaryConcrete
 from fspace.inference.amortized.series import LIKELIHOODS, SeriesModel, log_gaussian, moments, parts_of
 from fspace.inference.amortized.training import Rows, Step
@@ -55,8 +55,7 @@ class VRNN(SeriesModel):
             if value not in known:
                 raise OptionError(f"{name}={value!r} does not exist; choose one of {', '.join(known)}.")
         for name, size in (("latents", latents), ("hidden", hidden), ("particles", particles)):
-            if size < 1:
-                raise OptionError(f"{name}={size!r} must be at least 1.")
+            checks.count(size, name)
         self.latents, self.hidden, self.objective, self.particles = latents, hidden, objective, particles
         self.latent, self.likelihood, self.device = latent, likelihood, device
 

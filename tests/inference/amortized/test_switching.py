@@ -216,7 +216,7 @@ def test_padding_says_nothing_and_files_hold_all(objective, tmp_path):
         (model.state_probabilities(series), 2),
     ):
         assert [tuple(a.shape) for a in answer] == [(len(y), columns) for y in series]
-    assert set(model.bounds(series, 4)) == ({"fivo", "relaxed"} if objective == "concrete" else {"fivo"})
+    assert set(model.bounds(series, 4)) == {"fivo", "relaxed"}
     assert model.sample(2, seed=0, steps=6).shape == (2, 6, 2)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fspace.errors import DataError, ModelFileError, NumericalError, OptionError
-from fspace.inference.amortized.training import Plan, Step, Trainable, train
+from fspace.inference.amortized.training import Plan, Step, Trainable, plan_of, train
 
 QUIET = {"progress": False}
 
@@ -84,6 +84,12 @@ def test_checkpoints_of_other_runs_and_damaged_ones(tmp_path):
     train(Mean(), data(), Plan(epochs=2, checkpoint=str(path), **QUIET))
     with pytest.raises(ModelFileError, match="another run"):
         train(Mean(), data(), Plan(epochs=2, seed=3, checkpoint=str(path), **QUIET))
+    with pytest.raises(ModelFileError, match="other data"):  # of the same shape
+        train(Mean(), (data()[0] + 1e-6,), Plan(epochs=2, checkpoint=str(path), **QUIET))
+    other = Mean()
+    other.options = lambda: {"beta": 4.0}
+    with pytest.raises(ModelFileError, match="beta=None, not 4.0"):
+        train(other, data(), Plan(epochs=2, checkpoint=str(path), **QUIET))
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ModelFileError, match="damaged"):
         train(Mean(), data(), Plan(epochs=2, checkpoint=str(path), **QUIET))
@@ -101,17 +107,46 @@ def test_nan_is_told_and_the_best_state_kept():
             model.mean.data.fill_(float("nan"))
 
     model.after = spoil
-    with pytest.raises(NumericalError, match="Lower the learning rate"):
+    with pytest.raises(NumericalError, match="diverged in pass 2.*Lower the learning rate"):
         train(model, rows, Plan(epochs=20, batch_size=50, **QUIET))
+    assert model.history_.stopped == "diverged" and len(model.history_.held_out) == 1
     assert bool(model.mean.isfinite().all()) and bool((model.mean != 0).any())
+
+
+def test_only_divergence_is_called_so():
+    """An error of the first step is about what was given; one of torch is about training if parameters are lost."""
+    for spoilt, after, kind, words in (
+        (True, 3, NumericalError, "diverged"),
+        (False, 3, RuntimeError, "^torch"),
+        (False, 1, DataError, "^given"),
+        (False, 3, NumericalError, "diverged in pass 1: given"),
+    ):
+        model, steps = Mean(), []
+
+        def fail(model=model, steps=steps, after=after, spoilt=spoilt, words=words):
+            steps.append(1)
+            if len(steps) == after:
+                if spoilt:
+                    model.mean.data.fill_(float("nan"))
+                raise DataError("given") if "given" in words else RuntimeError("torch")
+
+        model.after = fail
+        with pytest.raises(kind, match=words):
+            train(model, data(), Plan(epochs=20, batch_size=20, **QUIET))
+        assert bool(model.mean.isfinite().all())
 
 
 def test_bad_plans_and_too_few_rows():
     for name in ("epochs", "batch_size", "patience"):
         with pytest.raises(OptionError, match=name):
             Plan(**{name: 0})
+        with pytest.raises(OptionError, match="whole number"):
+            plan_of({name: True})
     for name in ("learning_rate", "held_out", "clip"):
         with pytest.raises(OptionError, match=name):
             Plan(**{name: 0.0})
+    for name, value in (("learning_rate", float("nan")), ("learning_rate", True), ("seed", -1)):
+        with pytest.raises(OptionError, match=name):
+            plan_of({name: value})
     with pytest.raises(DataError, match="at least 2 rows"):
         train(Mean(), data(1), Plan(**QUIET))
