@@ -68,7 +68,8 @@ def latent_map(
     if numeric and bool(_missing(colour).any()):
         these = _missing(colour)
         ax.scatter(places[these, 0], places[these, 1], s=size, color=GREY, alpha=alpha, lw=0, label="none")
-    if len(kinds) <= MOST_CLASSES:
+    classes = len(kinds) <= MOST_CLASSES and not (numeric and (kinds % 1 != 0).any())  # 0.37 is no class
+    if classes:
         shades = _shades(len(kinds))
         for kind, shade in zip(kinds, shades):
             these = (colour if numeric else colour.astype(str)) == kind
@@ -204,7 +205,7 @@ def table_beside(
     )  # fmt: skip
     start = d + gap.shape[1]
     if d <= 14:
-        words = [shortened(str(name), 14) for name in names]
+        words = [shortened(str(name), 20) for name in names]
         ax.set_xticks([*range(d), *range(start, start + d)], 2 * words, rotation=60, ha="right")
     else:
         ax.set_xticks([d / 2, start + d / 2], ["original columns", "reconstructed"])

@@ -429,6 +429,10 @@ def test_what_the_pictures_show():
     told = encoding_plots.latent_map(z, some, "kind")
     assert [t.get_text() for t in told.get_legend().get_texts()] == ["none", "0", "1"]
     assert [len(dots.get_offsets()) for dots in told.collections] == [10, 15, 15]
+    few = encoding_plots.latent_map(
+        z, np.repeat([-0.25, 0.5], 20), "log-likelihood"
+    )  # of two series: no classes
+    assert few.get_legend() is None and len(few.collections) == 1
     numbers = encoding_plots.latent_map(z[:, :1], np.linspace(0, 1, 40), "log-likelihood")  # one latent
     assert np.ptp(numbers.collections[0].get_offsets()[:, 1]) == 0
     ess = encoding_plots.ess_along([np.full(5, 8.0), np.full(3, 4.0)], 8)

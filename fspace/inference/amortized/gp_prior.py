@@ -292,6 +292,7 @@ class GPPriorVAE(AmortizedModel):
     @torch.no_grad()
     def sample(self, n: int = 1, seed: int | None = None, t: Any = None) -> Float[Tensor, "n T p"]:
         """n new series at t [T, d] (None: where the first series of the training was)."""
+        self._require_fit()
         grid = self.grid if t is None else _times(t, 0).to(self.where)
         m, zeros = len(self.inducing_inputs), grid.new_zeros
         nothing = Site("", zeros(self.latents, m, m), zeros(self.latents, m), zeros(self.latents), 0)

@@ -191,6 +191,7 @@ class VAEKernelGP(AmortizedModel):
 
     def encode(self, data: Any) -> Any:
         """q(z | x) of every row: mean and std [n, l]."""
+        self._require_fit()
         return self.vae.encode(data)
 
     def latent_means(self, data: Any) -> Float[Tensor, "n l"]:
@@ -203,6 +204,7 @@ class VAEKernelGP(AmortizedModel):
 
     def sample(self, n: int = 1, seed: int | None = None) -> Tensor:
         """n new rows, shaped as the data."""
+        self._require_fit()
         return self.vae.sample(n, seed)
 
     def log_likelihood(self, data: Any, samples: int = 5000, seed: int | None = 0) -> Float[Tensor, " n"]:

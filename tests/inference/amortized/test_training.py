@@ -145,7 +145,7 @@ def test_bad_plans_and_too_few_rows():
     for name in ("learning_rate", "held_out", "clip"):
         with pytest.raises(OptionError, match=name):
             Plan(**{name: 0.0})
-    for name, value in (("learning_rate", float("nan")), ("learning_rate", True), ("seed", -1)):
+    for name, value in (("learning_rate", float("nan")), ("held_out", float("nan")), ("seed", -1)):
         with pytest.raises(OptionError, match=name):
             plan_of({name: value})
     with pytest.raises(DataError, match="at least 2 rows"):
