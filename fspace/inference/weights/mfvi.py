@@ -34,7 +34,7 @@ class MFVI:
     standardised y; the last of 32 averaged draws) is in the figures.
     """
 
-    tune: bool = True
+    tune: bool = False
     start_scale: float = 0.1
     name: ClassVar[str] = "mfvi"
 
