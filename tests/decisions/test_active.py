@@ -4,6 +4,7 @@ import itertools
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -203,25 +204,31 @@ def test_duplicates_can_be_dropped(gp):
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", [False, True], ids=["streamed", "twin that keeps the rows"])
 def test_a_million_rows_in_bounded_memory(kept):
-    """From row 300,000 on the peak may grow by 20 MB; the rows that pass meanwhile are 112 MB (20 columns)."""
+    """From row 300,000 on memory in use grows by less than half of the rows that pass meanwhile, 224 MB (40 columns).
+
+    In use, not the peak, which the imports and the fit before may have set; what is freed goes back by and by, which
+    moved it by up to 30 MB.
+    """
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("memory in use is read from /proc, which is not there")
     script = """
 import resource, sys, torch, fspace
+from pathlib import Path
 from fspace.decisions import select
 g = torch.Generator().manual_seed(0)
-x = torch.rand(200, 20, generator=g).double()
+x = torch.rand(200, 40, generator=g).double()
 posterior = fspace.GPRegressor(kernel="rbf", progress=False).fit(x, x[:, 0]).posterior_
 keep = []
 def pool():
     for part in range(100):
-        rows = torch.rand(10_000, 20, generator=g).double()
+        rows = torch.rand(10_000, 40, generator=g).double()
         if sys.argv[1] == "True":
             keep.append(rows)
         if part in (30, 99):
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+            print(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
         yield rows
 select(posterior, pool(), 10, "eig")
 """
     done = subprocess.run([sys.executable, "-c", script, str(kept)], capture_output=True, text=True)
     first, last = (int(line) for line in done.stdout.split())
-    unit = 1024 if sys.platform != "darwin" else 1
-    assert ((last - first) * unit < 20e6) is not kept
+    assert (last - first < 112e6) is not kept, (first, last)
