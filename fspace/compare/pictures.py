@@ -314,13 +314,14 @@ def detection(results: Results, dataset: str, measure: str = "entropy", *, ax: A
     names = sorted(found, key=lambda name: found[name][0])
     ax = new_axes(ax, (6.4, 1.3 + 0.32 * len(names)))
     places, styles = np.arange(len(names)), looks(results.methods)
-    means, errors = (np.nan_to_num([found[name][k] for name in names]) for k in (0, 1))
+    means = np.array([found[name][0] for name in names])
+    errors = np.nan_to_num([found[name][1] for name in names])  # of one split there is none
     for place, name in enumerate(names):
         ax.errorbar(
             means[place], place, xerr=errors[place], fmt="o", ms=7, capsize=3, color=styles[name]["color"]
         )
     ax.set_yticks(places, [shortened(name) for name in names])
-    ax.set_xlim(max(0.0, min(0.5, float((means - errors).min()) - 0.02)), 1.005)
+    ax.set_xlim(max(0.0, min(0.5, float(np.nanmin(means - errors)) - 0.02)), 1.005)
     finish(ax, f"{dataset}: rows of another kind by {measure}", "AUROC", "")
     ax.tick_params(axis="y", length=0)
     return ax

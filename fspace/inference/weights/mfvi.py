@@ -29,7 +29,8 @@ class MFVI:
     weight given the others (1 / the diagonal of the precision), hence too small.
 
     tune: one factor on the prior variances of each layer by the bound, of which the best is known at every step: the
-        mean square of the layer's whitened weights under q. False: the prior as it is given.
+        mean square of the layer's whitened weights under q. On few rows that bound may be best where nothing has been
+        learned: all weights at the prior. False: the prior as it is given.
     start_scale: deviations at the start, as a share of the prior's. The evidence lower bound (over all rows, of
     standardised y; the last of 32 averaged draws) is in the figures.
     """
