@@ -22,11 +22,17 @@ from fspace.inference.weights.likelihoods import NetworkLikelihood
 from fspace.inference.weights.problem import Problem
 from fspace.inference.weights.train import Loss, train
 
+# passes and learning rate, as factors of what networks are trained with
+FASTER, LONGER = 3.0, 2.5
+
 
 @dataclass(frozen=True)
 class MFVI:
     """Bayes by backprop. Where weights are correlated in the posterior, as they are, its variances are those of each
     weight given the others (1 / the diagonal of the precision), hence too small.
+
+    It is trained at three times the learning rate of a network, and for 2.5 times as many passes where `epochs` is
+    None: with fewer its bound is still rising.
 
     tune: one factor on the prior variances of each layer by the bound, of which the best is known at every step: the
         mean square of the layer's whitened weights under q. On few rows that bound may be best where nothing has been
@@ -47,7 +53,10 @@ class MFVI:
         """The Gaussian of greatest bound."""
         centre = (problem.start(1) - problem.prior_means) / problem.prior_scales
         start = torch.cat([centre, torch.full_like(centre, math.log(self.start_scale))], dim=1)
-        found = train(problem, start, negative_bound(problem, self.tune), self.name).theta[0]
+        steps = problem.steps if problem.training.epochs else round(LONGER * problem.steps)
+        rate = FASTER * problem.training.learning_rate
+        loss = negative_bound(problem, self.tune)
+        found = train(problem, start, loss, self.name, steps=steps, learning_rate=rate).theta[0]
         mean, log_scale = found.split(problem.size)
         q = Diagonal(
             problem.prior_means + problem.prior_scales * mean, problem.prior_scales * log_scale.exp()

@@ -9,7 +9,7 @@ from fspace.inference.weights.mfvi import drawn_outputs
 from fspace.inference.weights.problem import Training
 from fspace.kernels import CausalConv, ConvNet
 
-LONG = Training(epochs=700, batch_size=60, learning_rate=0.1)
+LONG = Training(epochs=700, batch_size=60, learning_rate=0.03)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
