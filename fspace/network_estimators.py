@@ -31,6 +31,7 @@ from fspace.targets import check_labels
 from fspace.torch_data import unpacked
 
 LIKELIHOODS = ("auto", "gaussian", "heteroscedastic")
+LARGEST_RATE = 1e30  # beyond it a step of Adam is no float32
 
 
 class BNNEstimator(FunctionEstimator):
@@ -67,8 +68,10 @@ class BNNEstimator(FunctionEstimator):
             raise OptionError(
                 f"temperature={self.temperature!r} must be a positive number; 1 is Bayes' rule."
             )
-        if not _positive(self.learning_rate):
-            raise OptionError(f"learning_rate={self.learning_rate!r} must be a positive number.")
+        if not (_positive(self.learning_rate) and self.learning_rate <= LARGEST_RATE):
+            raise OptionError(
+                f"learning_rate={self.learning_rate!r} must be a positive number, at most {LARGEST_RATE:g}."
+            )
         for name in ("epochs", "batch_size"):
             value = getattr(self, name)
             if value is not None and not _whole(value):
@@ -285,7 +288,7 @@ class BNNRegressor(RegressionFront, BNNEstimator):
                 )
             numbers = (
                 self.noise_variance
-                if isinstance(self.noise_variance, list | tuple)
+                if isinstance(self.noise_variance, list | tuple | np.ndarray)
                 else [self.noise_variance]
             )
             if not all(_positive(value) for value in numbers):

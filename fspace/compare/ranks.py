@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
+from fspace.compare.metrics import floats
 from fspace.errors import DataError, OptionError
 
 LOWER_IS_BETTER = (
@@ -50,7 +51,7 @@ def rank(values: Any, methods: list[str], higher: bool) -> Ranking:
     Sources: Demsar (2006): Friedman's statistic in Iman and Davenport's form (eq. 3.2), Nemenyi's critical difference
     (section 3.2.2); Wilcoxon's signed ranks with Holm's correction.
     """
-    table = np.asarray(values, dtype=np.float64)
+    table = floats(values, "values")
     if table.ndim != 2 or table.shape[1] != len(methods) or len(methods) < 2 or len(table) < 2:
         raise DataError(
             f"Ranks need at least two methods on at least two blocks; there are values {list(table.shape)} for "
@@ -82,7 +83,8 @@ def comparable(scores: Float[np.ndarray, "b k"]) -> Float[np.ndarray, "b k"]:
 
 
 def _friedman(ranks: Float[np.ndarray, "b k"]) -> float:
-    """P-value of Iman and Davenport's F statistic, with the correction for ties."""
+    """P-value of Iman and Davenport's F statistic, with the correction for ties; never below 1 / k!^(blocks - 1), the
+    probability by chance alone of one order on all blocks, which no result can be less probable than."""
     blocks, k = ranks.shape
     between = blocks * ((ranks.mean(0) - (k + 1) / 2) ** 2).sum()
     within = ((ranks - (k + 1) / 2) ** 2).sum() / (blocks * (k - 1))
@@ -90,9 +92,10 @@ def _friedman(ranks: Float[np.ndarray, "b k"]) -> float:
         return 1.0
     square = between / within
     rest = blocks * (k - 1) - square
+    least = float(math.factorial(k)) ** (1 - blocks) if k < 100 else 0.0
     if rest <= 1e-12 * square:  # the same order on every block
-        return 0.0 if k > 2 or blocks > 1 else 1.0
-    return float(stats.f.sf((blocks - 1) * square / rest, k - 1, (k - 1) * (blocks - 1)))
+        return least
+    return max(least, float(stats.f.sf((blocks - 1) * square / rest, k - 1, (k - 1) * (blocks - 1))))
 
 
 def critical_difference(methods: int, blocks: int, level: float = 0.05) -> float:

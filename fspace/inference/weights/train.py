@@ -60,7 +60,7 @@ def train(
     """Adam with a one-cycle step size on the sum of the states' losses, so that none touches another.
 
     With held-out rows every state ends at the look where these were most probable. A state or loss that is not finite
-    ends the run: all states go back to the last look at which everything was finite, a DivergedWarning says so, and
+    ends the run: all states go back to the last look whose own loss was finite too, a DivergedWarning says so, and
     `problem.report.diverged` has the step. Ctrl-C keeps the best so far, as well.
     """
     generator = problem.generator(stream)
@@ -70,11 +70,11 @@ def train(
     optimiser = torch.optim.Adam([theta], lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=max(steps, 2))
     between = max(1, steps // CHECKS)
-    finite = start.clone()
+    finite = waiting = start.clone()  # the loss of a look's state is known only in the step after it
     best, scores = start.clone(), start.new_full((len(start),), -torch.inf)
     bad = torch.zeros((), dtype=torch.bool, device=start.device)
     batches = _Batches(problem.n, problem.batch_size, generator, start.device)
-    done = True
+    done, lost = True, False
     try:
         for step in range(steps):
             rows = batches.next()
@@ -88,9 +88,9 @@ def train(
                 with torch.no_grad():
                     if bool(bad) or not bool(theta.isfinite().all()):
                         diverged(problem, stage, step + 1)
-                        done = False
+                        lost = True
                         break
-                    finite = theta.detach().clone()
+                    finite, waiting = waiting, theta.detach().clone()
                     told = {"stage": stage, "loss": losses.mean().item(), "done": step + 1, "total": steps}
                     if held_out is not None:
                         now = held_out_scores(problem, theta, held_out)
@@ -103,6 +103,12 @@ def train(
         problem.record(stage=stage, interrupted=True)
         problem.report.interrupted = stage
         done = False
+    if not lost and bool(loss(waiting, batches.next(), torch.tensor(steps - 1)).isfinite().all()):
+        finite = waiting
+    elif not lost:
+        diverged(problem, stage, steps)
+        lost = True
+    done = done and not lost
     if held_out is None:
         return Trained(finite, torch.full_like(scores, torch.nan), done)
     return Trained(torch.where(scores.isfinite()[:, None], best, finite), scores, done)
