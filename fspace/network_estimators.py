@@ -31,7 +31,7 @@ from fspace.targets import check_labels
 from fspace.torch_data import unpacked
 
 LIKELIHOODS = ("auto", "gaussian", "heteroscedastic")
-LARGEST_RATE = 1e30  # beyond it a step of Adam is no float32
+LARGEST = 1e30  # learning rate and temperature: beyond it a step of Adam, or a variance, is no float32
 
 
 class BNNEstimator(FunctionEstimator):
@@ -64,13 +64,14 @@ class BNNEstimator(FunctionEstimator):
         check_seed(self.seed)
         if self.progress is not False and self.progress != "auto":
             raise OptionError(f"progress={self.progress!r} does not exist; choose 'auto' or False.")
-        if not _positive(self.temperature):
+        if not (_positive(self.temperature) and 1 / LARGEST <= self.temperature <= LARGEST):
             raise OptionError(
-                f"temperature={self.temperature!r} must be a positive number; 1 is Bayes' rule."
+                f"temperature={self.temperature!r} must be a positive number, from {1 / LARGEST:g} to "
+                f"{LARGEST:g}; 1 is Bayes' rule."
             )
-        if not (_positive(self.learning_rate) and self.learning_rate <= LARGEST_RATE):
+        if not (_positive(self.learning_rate) and self.learning_rate <= LARGEST):
             raise OptionError(
-                f"learning_rate={self.learning_rate!r} must be a positive number, at most {LARGEST_RATE:g}."
+                f"learning_rate={self.learning_rate!r} must be a positive number, at most {LARGEST:g}."
             )
         for name in ("epochs", "batch_size"):
             value = getattr(self, name)

@@ -216,7 +216,7 @@ def test_a_fit_that_diverges_says_so_and_keeps_the_last_finite_state(wave):
         assert fspace.BNNRegressor("map", **QUICK).fit(*wave).diverged_ is None
 
 
-@pytest.mark.parametrize("rate", [1e3, 1e10, 1e20, 1e30])
+@pytest.mark.parametrize("rate", [1e3, 1e20, 1e30])
 @pytest.mark.parametrize("inference", ["map", "mfvi", "dropout", "laplace", "ensemble"])
 def test_the_state_that_is_kept_has_finite_predictions(wave, inference, rate):
     """Weights of 1e30 are finite, and what they predict is not."""

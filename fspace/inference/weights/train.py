@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fspace.errors import DivergedWarning
+from fspace.errors import DivergedWarning, NumericalError
 from fspace.inference.weights.problem import Problem
 
 CHECKS = 40  # looks at the state in a run
@@ -74,7 +74,7 @@ def train(
     best, scores = start.clone(), start.new_full((len(start),), -torch.inf)
     bad = torch.zeros((), dtype=torch.bool, device=start.device)
     batches = _Batches(problem.n, problem.batch_size, generator, start.device)
-    done, lost = True, False
+    done, lost, step = True, False, 0
     try:
         for step in range(steps):
             rows = batches.next()
@@ -103,7 +103,10 @@ def train(
         problem.record(stage=stage, interrupted=True)
         problem.report.interrupted = stage
         done = False
-    if not lost and bool(loss(waiting, batches.next(), torch.tensor(steps - 1)).isfinite().all()):
+    except NumericalError:  # a loss that factorises what has overflowed
+        diverged(problem, stage, step + 1)
+        lost = True
+    if not lost and _has_loss(loss, waiting, batches.next(), steps):
         finite = waiting
     elif not lost:
         diverged(problem, stage, steps)
@@ -114,12 +117,21 @@ def train(
     return Trained(torch.where(scores.isfinite()[:, None], best, finite), scores, done)
 
 
+def _has_loss(loss: Loss, theta: Float[Tensor, "s q"], rows: Tensor, steps: int) -> bool:
+    """Whether the losses of states are finite."""
+    try:
+        return bool(loss(theta, rows, torch.tensor(steps - 1)).isfinite().all())
+    except NumericalError:
+        return False
+
+
 def diverged(problem: Problem, stage: str, step: int) -> None:
     """Say that a run is not finite any more, and that the last finite state is kept."""
     problem.report.diverged = {"stage": stage, "step": step}
     warnings.warn(
         f"{stage}: the state stopped being finite by step {step}; the fit has diverged, and the last finite state is "
-        "kept (diverged_ says where). Take a smaller learning_rate, or a tighter prior.",
+        "kept (diverged_ says where). Take a smaller learning_rate; prior and noise_variance far from those of "
+        "standardised x and y (1e-10, say) overflow as well.",
         DivergedWarning,
         stacklevel=2,
     )
