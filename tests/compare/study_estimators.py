@@ -89,3 +89,18 @@ class Silent(RegressorMixin, BaseEstimator):
 
     def predict(self, X):
         return np.zeros(len(X))
+
+
+class Imports(Noisy):
+    """Imports a module that takes longer than the budget, then never ends by itself."""
+
+    def fit(self, X, y):
+        import slow_to_import
+
+        assert slow_to_import.WHOLE
+        super().fit(X, y)
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            self.interrupted_ = True
+        return self

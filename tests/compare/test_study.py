@@ -138,6 +138,16 @@ def test_the_budget_ends_a_fit():
     assert row["status"] == "failed" and "did not end within 0.3 s" in row["reason"] and row["scores"] == {}
 
 
+def test_the_budget_does_not_cut_through_an_import(tmp_path, monkeypatch):
+    """Half a module would stay behind, and every later fit in this process fail."""
+    (tmp_path / "slow_to_import.py").write_text("import time\ntime.sleep(0.6)\nWHOLE = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "slow_to_import", raising=False)
+    row = one(made.Imports(), budget=Budget(0.2))
+    assert row["status"] == "stopped" and sys.modules.pop("slow_to_import").WHOLE
+    assert "ended the fit; with what had to follow it took" in row["reason"]
+
+
 def test_the_budget_holds_where_ctrl_c_is_ignored():
     """As in a process that a shell started in the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -313,7 +323,10 @@ def test_a_sample_in_between_has_nothing_in_between():
         (lambda: Study([TABLE], {"a": made.Noisy()}, splits=0), "splits=0"),
         (lambda: Study([TABLE], {"a": made.Noisy()}).run(engine="spark"), "process, ray"),
         (lambda: Study([TABLE], {"a": made.Noisy()}).run(jobs=0), "jobs=0"),
-        (lambda: Budget(0.0), "must be positive"),
+        (lambda: Budget(0.0), "positive number"),
+        (lambda: Budget(math.nan), "seconds=nan"),
+        (lambda: Budget(math.inf), "seconds=inf"),
+        (lambda: Budget(True), "seconds=True"),
         (lambda: Budget(1.0, trials=0), "trials=0"),
         (lambda: Uci("yatch"), "yacht"),
         (lambda: TABLE.problem(2), "splits 0 to 1"),
