@@ -32,7 +32,9 @@ LEVELS = np.linspace(0.05, 0.95, 19)  # of the calibration curves
 RELIABILITY_BINS = 10
 DRAWS, SHOWN_DRAWS = 300, 6  # functions kept of a problem with probes, and of its picture
 VALIDATION = 0.2  # share of the training rows on which settings are compared
-LEAST_GRACE = 20.0  # seconds after which a fit that does not end is interrupted again, and then may lose its state
+LEAST_GRACE = (
+    20.0  # seconds after which a fit that does not end is interrupted again, and then may lose its state
+)
 LONGEST = 1e7  # seconds of a budget
 LATER = 0.05  # seconds to wait where an import would be cut through
 
@@ -128,7 +130,10 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         row["warnings"] = sorted({" ".join(str(one.message).split())[:300] for one in said})
     except TimeoutError as error:
         row |= {"status": "failed", "reason": str(error)}
-    except Exception as error:  # a method may raise anything; the table says so, and the others go on
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # a method may do anything; the table says so, and the others go on
         row |= {"status": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]}
     finally:
         torch.set_num_threads(threads)

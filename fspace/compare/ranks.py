@@ -129,13 +129,13 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def standard_error(values: Any, test_share: float) -> float:
-    """Standard error of a mean over splits (or of paired differences); NaN of fewer than two.
+    """Standard error of a mean over splits (or of paired differences); NaN of fewer than two and of infinite ones.
 
     test_share: test rows for each training row. The training parts of random splits overlap, so that scores of splits
     are less different than those of new data: the variance is multiplied by 1/J + test_share rather than 1/J, which
     is a rule of thumb, and 0 gives the plain standard error. Source: Nadeau and Bengio (2003), eq. 13.
     """
     found = np.asarray(values, dtype=np.float64)
-    if len(found) < 2:
+    if len(found) < 2 or not np.isfinite(found).all():
         return math.nan
     return float(np.std(found, ddof=1) * math.sqrt(1 / len(found) + test_share))

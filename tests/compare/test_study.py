@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import sparse
 from sklearn.linear_model import BayesianRidge, LogisticRegression
 
 import fspace
@@ -113,6 +114,7 @@ def test_functions_are_kept_of_a_problem_with_probes():
         (made.NotFinite(), "diverged", "not finite at 1 of 8"),
         (made.SaysSo(), "diverged", "infinite in step 7"),
         (made.Silent(), "failed", "says nothing about its uncertainty"),
+        (made.Leaves(), "failed", "SystemExit"),
     ],
 )
 def test_a_method_that_goes_wrong_is_reported(estimator, status, words):
@@ -233,9 +235,26 @@ def test_a_line_cut_off_is_dropped_and_another_file_is_refused(tmp_path):
     whole = path.read_text()
     path.write_text(whole[:-20])
     assert len(Journal(path).rows) == 1 and path.read_text() == whole.splitlines()[0] + "\n"
-    path.write_text("a,b\n1,2\n")
-    with pytest.raises(DataError, match="line 1"):
-        Journal(path)
+    for other in (
+        b"a,b\n1,2\n",
+        b'{"key": "a", "row": {}}\n' * 2,
+        b'{"key": "a", "row": 3}\n' * 2,
+        b"\xff\xfe\n" * 3,
+    ):
+        path.write_bytes(other)
+        with pytest.raises(DataError, match="line 1"):
+            Journal(path)
+    path.write_text(whole.replace("\n", "\n\n"))  # as an editor may leave it
+    assert len(Journal(path).rows) == 2
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_fit(tmp_path):
+    calls, file = tmp_path / "calls", tmp_path / "file"
+    file.write_text("")
+    for folder in (file, file / "below"):
+        with pytest.raises(DataError, match="cannot be kept"):
+            Study([TABLE], {"a": made.Noisy(calls=str(calls))}, folder=folder).run()
+    assert not calls.exists()
 
 
 def test_failed_cells_are_tried_again(tmp_path):
@@ -300,6 +319,18 @@ def test_encoding_is_learned_from_the_training_rows():
         Table("frame", frame, Y)
 
 
+def test_categories_of_polars_and_of_other_rows_are_encoded():
+    polars = pytest.importorskip("polars")
+    kind = np.where(X[:, 1] > 0, "up", "down")
+    for frame in (
+        pd.DataFrame({"a": X[:, 0], "kind": pd.Categorical(kind)}),
+        polars.DataFrame({"a": X[:, 0], "kind": polars.Series(kind.tolist(), dtype=polars.Categorical)}),
+    ):
+        problem = Table("frame", frame, Y, outside=frame[:5]).problem(0)
+        assert problem.x_train.shape == (32, 2) and problem.outside.shape == (5, 2)
+        assert set(problem.x_train[:, 1]) == {0.0, 1.0}
+
+
 def test_digits_hold_out_classes_and_mnist_is_shrunk_alike():
     problem = digits().problem(0)
     assert set(problem.y_train.tolist()) == set(range(8)) and len(problem.outside) == 174 + 180
@@ -331,13 +362,35 @@ def test_a_sample_in_between_has_nothing_in_between():
         (lambda: Uci("yatch"), "yacht"),
         (lambda: TABLE.problem(2), "splits 0 to 1"),
         (lambda: Table("t", X, LABELS), "classification"),
-        (lambda: Table("t", X, Y[:3]), "one value for each row"),
-        (lambda: Table("t", X, ["a"] + ["b"] * 39, "classification"), "one row only"),
+        (lambda: Table("t", X, Y[:3]), "40 rows, y has 3"),
+        (lambda: Table("t", X, ["a"] + ["b"] * 39, "classification"), "'a' has one row only"),
+        (lambda: Table("t", X, np.where(Y > 0, 1.0, np.nan), "classification"), "NaN or missing in row"),
+        (lambda: Table("t", X, [None, *LABELS[1:]], "classification"), "missing in row 0"),
+        (lambda: Table("t", X, np.array([1, *LABELS[1:]], dtype=object), "classification"), "mixes labels"),
+        (lambda: Table("t", X, np.zeros(40, dtype=int), "classification"), "one class only"),
+        (lambda: Table("t", X, np.where(Y == Y[3], np.nan, Y)), "Row 3"),
+        (lambda: Table("t", sparse.csr_matrix(X), Y), "Sparse"),
+        (lambda: Table("t", None, Y), "array"),
+        (lambda: Table("t", X, Y, outside=X[:, :2]), "2 features"),
+        (lambda: Table("t", X, Y, outside=np.full_like(X, np.nan)), "NaN"),
+        (lambda: Table("t", X, Y, seed=2**32 - 1), "below 2"),
+        (lambda: InBetween(0), "splits=0"),
+        (lambda: InBetween(rows=1), "rows=1"),
+        (lambda: Study([TABLE], {"a": made.Noisy}), "an instance, not a class"),
+        (lambda: Study([TABLE], {"a": 3}), "no estimator"),
     ],
 )  # fmt: skip
 def test_what_is_refused(make, words):
     with pytest.raises((OptionError, DataError), match=words):
         make()
+
+
+@pytest.mark.parametrize(
+    "items, what", [(TABLE, "Table"), ([(X, Y)], "tuple"), ("gp", "str"), ([made.Noisy()], "Noisy")]
+)
+def test_what_is_no_sequence_of_its_kind_is_refused(items, what):
+    with pytest.raises(OptionError, match=f"a sequence of Datasets; got a {what}. Pass this"):
+        study._all_of(Dataset, items, "datasets", "this")
 
 
 def test_distances_to_a_reference_method_split_by_split():
