@@ -128,3 +128,24 @@ def test_what_overflows_is_called_so_and_never_predicts_what_is_not_finite(name,
     assert np.isfinite(model.predict(wave[0], return_std=True)).all()
     if model.diverged_:  # nothing goes on from a start that has diverged
         assert "stiffness" not in model.diagnostics_ and "step_size" not in model.diagnostics_
+
+
+def test_dropout_that_is_interrupted_in_its_search_starts_no_other_run(wave, monkeypatch):
+    real, stages = FunctionEstimator._recorder, []
+
+    def recorder(self, tell, held):
+        record = real(self, tell, held)
+
+        def interrupted(**entry):
+            stages.append(entry["stage"])
+            record(**entry)
+            if len(stages) == 20:
+                raise KeyboardInterrupt
+
+        return interrupted
+
+    monkeypatch.setattr(FunctionEstimator, "_recorder", recorder)
+    with pytest.warns(UserWarning, match="Interrupted"):
+        model = fspace.BNNRegressor("dropout", hidden=(8,), epochs=300).fit(*wave)
+    assert set(stages) == {"dropout: the rate"}
+    assert model.score(*wave) > 0.2  # what it had learned by then

@@ -86,7 +86,7 @@ def _best(dataset: str, values: pd.DataFrame, share: float) -> list[str]:
     text += f"has {give(mean, error)} less"
     if far:
         return [f"{text}, which is more than chance.", *said]
-    others = _listed(near[:5]) + (f" and {len(near) - 5} more" if len(near) > 5 else "")
+    others = _listed([*near[:5], f"{len(near) - 5} more"] if len(near) > 6 else near)
     count = f"{len(values)} split{'s' * (len(values) > 1)}"
     return [f"{text}. Not to be told from it on {count}: {others}.", *said]
 

@@ -6,11 +6,12 @@ import hashlib
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -262,11 +263,23 @@ def _in_processes(todo: Todo, jobs: int) -> Answers:
                     yield key, _dead(cell)
 
 
+def _end_with_study() -> None:
+    """A worker ends when the study's process does, even when that is killed: nobody would take its result."""
+    study = parent_process()
+
+    def watch() -> None:
+        if study is not None:
+            study.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class _pool:
     """Fresh processes (torch's threads do not survive a fork); where the block is left by an error they end with it."""
 
     def __init__(self, jobs: int):
-        self.pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+        self.pool = ProcessPoolExecutor(jobs, get_context("spawn"), _end_with_study)
 
     def __enter__(self) -> ProcessPoolExecutor:
         return self.pool

@@ -111,3 +111,17 @@ class Leaves(Noisy):
 
     def fit(self, X, y):
         raise SystemExit("out of licences")
+
+
+class Tells(Noisy):
+    """Writes down its process, then takes long."""
+
+    def __init__(self, file="", seed=0):
+        super().__init__(seed)
+        self.file = file
+
+    def fit(self, X, y):
+        with open(self.file, "w") as file:
+            file.write(str(os.getpid()))
+        time.sleep(60)
+        return super().fit(X, y)

@@ -3,8 +3,11 @@
 import importlib.util
 import json
 import math
+import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +177,44 @@ def test_a_process_that_dies_takes_no_other_cell_with_it(tmp_path):
     ]
     alone = Study([TABLE], {"a": made.Noisy(), "b": made.Noisy(spread=2.0)}, splits=1).run()
     assert scores(alone) == [s for s in scores(results) if s[2] != "dies"]
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_study_that_is_killed(tmp_path):
+    """They would wait for ever, in the memory of a process each."""
+    script = tmp_path / "killed.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = [{str(HERE)!r}, {str(HERE.parents[1])!r}]\n"
+        "import study_estimators as made\n"
+        "from fspace.compare import Budget, InBetween, Study\n"
+        "if __name__ == '__main__':\n"
+        f"    methods = {{'a': made.Tells({str(tmp_path / 'a')!r}), 'b': made.Tells({str(tmp_path / 'b')!r})}}\n"
+        "    Study([InBetween(1)], methods, budget=Budget(60)).run(jobs=2)\n"
+    )
+    files = [tmp_path / "a", tmp_path / "b"]
+    with subprocess.Popen([sys.executable, str(script)]) as running:
+        try:
+            assert _within(60, lambda: all(file.exists() and file.read_text() for file in files))
+        finally:
+            running.kill()
+    workers = [int(file.read_text()) for file in files]
+    assert running.pid not in workers
+    assert _within(20, lambda: not any(_lives(pid) for pid in workers))
+
+
+def _within(seconds, true):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not true():
+        time.sleep(0.1)
+    return true()
+
+
+def _lives(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0]
 
 
 @pytest.mark.slow
