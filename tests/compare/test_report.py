@@ -301,9 +301,11 @@ def test_the_page_on_comparing_runs(tmp_path, monkeypatch, capsys):
     """The Python of docs/compare.md as it stands, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[2] / "docs" / "compare.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    exec(compile(block, "compare.md", "exec"), {})
-    assert "diabetes: " in capsys.readouterr().out and (tmp_path / "diabetes-study" / "report.html").exists()
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(compile(block, "compare.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert "diabetes: " in said and (tmp_path / "diabetes-study" / "report.html").exists()
+    assert "log_evidence" in said  # of a network by itself
 
 
 # ---- scores that are infinite, or on other splits --------------------------------------------------
