@@ -28,7 +28,7 @@ WORDS = (
         r"--\1 \2",
     ),
     (r"\b(members|inducing|seed|splits|jobs)=(?=[-\d])", r"--\1 "),
-    (r"\bseconds=(?=[-\d])", "--budget "),
+    (r"\bseconds=(?=[-\dni])", "--budget "),
 )
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 

@@ -31,6 +31,7 @@ from fspace.targets import check_labels
 from fspace.torch_data import unpacked
 
 LIKELIHOODS = ("auto", "gaussian", "heteroscedastic")
+LARGEST = 1e30  # learning rate and temperature: beyond it a step of Adam, or a variance, is no float32
 
 
 class BNNEstimator(FunctionEstimator):
@@ -63,12 +64,15 @@ class BNNEstimator(FunctionEstimator):
         check_seed(self.seed)
         if self.progress is not False and self.progress != "auto":
             raise OptionError(f"progress={self.progress!r} does not exist; choose 'auto' or False.")
-        if not _positive(self.temperature):
+        if not (_positive(self.temperature) and 1 / LARGEST <= self.temperature <= LARGEST):
             raise OptionError(
-                f"temperature={self.temperature!r} must be a positive number; 1 is Bayes' rule."
+                f"temperature={self.temperature!r} must be a positive number, from {1 / LARGEST:g} to "
+                f"{LARGEST:g}; 1 is Bayes' rule."
             )
-        if not _positive(self.learning_rate):
-            raise OptionError(f"learning_rate={self.learning_rate!r} must be a positive number.")
+        if not (_positive(self.learning_rate) and self.learning_rate <= LARGEST):
+            raise OptionError(
+                f"learning_rate={self.learning_rate!r} must be a positive number, at most {LARGEST:g}."
+            )
         for name in ("epochs", "batch_size"):
             value = getattr(self, name)
             if value is not None and not _whole(value):
@@ -285,7 +289,7 @@ class BNNRegressor(RegressionFront, BNNEstimator):
                 )
             numbers = (
                 self.noise_variance
-                if isinstance(self.noise_variance, list | tuple)
+                if isinstance(self.noise_variance, list | tuple | np.ndarray)
                 else [self.noise_variance]
             )
             if not all(_positive(value) for value in numbers):

@@ -91,7 +91,7 @@ def check_positions(y: Float[np.ndarray, "n 1"], classes: int) -> None:
 def label_values(y: Any, n: int) -> np.ndarray:
     """The labels of n rows as an array [n] of one kind. Raises DataError for labels that cannot be used."""
     if y is None:
-        raise DataError("requires y to be passed, but the target y is None.")
+        raise DataError("This model requires y to be passed, but the target y is None.")
     if isinstance(y, list) and any(isinstance(label, str) for label in y):
         y = np.array(y, dtype=object)  # numpy would make text of numbers that stand beside text
     try:

@@ -1,10 +1,13 @@
 """Every method over weights, by the same rules: the contract, classes, files, Ctrl-C."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
 import fspace
+from fspace.errors import NumericalError
 from fspace.front import FunctionEstimator
 from fspace.inference.weights import (
     METHODS,
@@ -106,3 +109,43 @@ def test_ctrl_c_keeps_the_best_so_far(wave, name, monkeypatch):
     with pytest.warns(UserWarning, match="Interrupted"):
         model = fspace.BNNRegressor(FEW.get(name, name), likelihood="gaussian", **QUICK).fit(*wave)
     assert model.interrupted_ and np.isfinite(model.predict(wave[0])).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("options", [{"learning_rate": 1e20}, {"noise_variance": 1e-300}, {"prior": 1e-20}])
+def test_what_overflows_is_called_so_and_never_predicts_what_is_not_finite(name, options, wave):
+    """Either a refusal in words, or the last finite state, whose predictions are finite."""
+    skip_without_its_library(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model = fspace.BNNRegressor(
+                FEW.get(name, name), hidden=(4,), epochs=3, likelihood="gaussian", **options
+            ).fit(*wave)
+        except NumericalError as error:
+            assert "not finite" in str(error)
+            return
+    assert np.isfinite(model.predict(wave[0], return_std=True)).all()
+    if model.diverged_:  # nothing goes on from a start that has diverged
+        assert "stiffness" not in model.diagnostics_ and "step_size" not in model.diagnostics_
+
+
+def test_dropout_that_is_interrupted_in_its_search_starts_no_other_run(wave, monkeypatch):
+    real, stages = FunctionEstimator._recorder, []
+
+    def recorder(self, tell, held):
+        record = real(self, tell, held)
+
+        def interrupted(**entry):
+            stages.append(entry["stage"])
+            record(**entry)
+            if len(stages) == 20:
+                raise KeyboardInterrupt
+
+        return interrupted
+
+    monkeypatch.setattr(FunctionEstimator, "_recorder", recorder)
+    with pytest.warns(UserWarning, match="Interrupted"):
+        model = fspace.BNNRegressor("dropout", hidden=(8,), epochs=300).fit(*wave)
+    assert set(stages) == {"dropout: the rate"}
+    assert model.score(*wave) > 0.2  # what it had learned by then

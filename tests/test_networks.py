@@ -170,6 +170,9 @@ def test_same_seed_same_fit(wave):
         ({"epochs": 0}, "epochs"),
         ({"batch_size": 1.5}, "batch_size"),
         ({"learning_rate": -1}, "learning_rate"),
+        ({"learning_rate": 1e300}, "at most 1e\\+30"),
+        ({"prior": 1e200}, "its square"),
+        ({"prior": 1e-200}, "its square"),
         ({"hidden": (0,)}, "hidden"),
         ({"hidden": "wide"}, "hidden"),
         ({"activation": "cubic"}, "activation"),
@@ -199,6 +202,7 @@ def test_noise_that_is_known_is_kept_in_the_units_of_y(wave):
     torch.testing.assert_close(
         model.predictive(X[:3]).aleatoric, torch.full((3,), 4.0).double(), rtol=1e-5, atol=0
     )
+    assert fspace.BNNRegressor("map", noise_variance=np.array([4.0]), **QUICK).fit(X, y)
     with pytest.raises(FspaceError, match="noise_variance"):
         fspace.BNNRegressor("map", noise_variance=[1.0, 2.0, 3.0], **QUICK).fit(X, y)
 
@@ -210,6 +214,20 @@ def test_a_fit_that_diverges_says_so_and_keeps_the_last_finite_state(wave):
     with warnings.catch_warnings():
         warnings.simplefilter("error", DivergedWarning)
         assert fspace.BNNRegressor("map", **QUICK).fit(*wave).diverged_ is None
+
+
+@pytest.mark.parametrize("rate", [1e3, 1e20, 1e30])
+@pytest.mark.parametrize("inference", ["map", "mfvi", "dropout", "laplace", "ensemble"])
+def test_the_state_that_is_kept_has_finite_predictions(wave, inference, rate):
+    """Weights of 1e30 are finite, and what they predict is not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = fspace.BNNRegressor(
+            inference, hidden=(4,), epochs=3, learning_rate=rate, likelihood="gaussian"
+        ).fit(*wave)
+    mean, deviation = model.predict(wave[0], return_std=True)
+    assert np.isfinite(mean).all() and np.isfinite(deviation).all()
+    assert model.diverged_ or rate < 1e20
 
 
 def test_options_are_cloned():

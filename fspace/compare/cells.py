@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,11 @@ LEVELS = np.linspace(0.05, 0.95, 19)  # of the calibration curves
 RELIABILITY_BINS = 10
 DRAWS, SHOWN_DRAWS = 300, 6  # functions kept of a problem with probes, and of its picture
 VALIDATION = 0.2  # share of the training rows on which settings are compared
-LEAST_GRACE = 5.0  # seconds after which a fit that does not end is interrupted again
+LEAST_GRACE = (
+    20.0  # seconds after which a fit that does not end is interrupted again, and then may lose its state
+)
+LONGEST = 1e7  # seconds of a budget
+LATER = 0.05  # seconds to wait where an import would be cut through
 
 
 @dataclass(frozen=True)
@@ -43,8 +49,11 @@ class Budget:
     trials: int = 1
 
     def __post_init__(self) -> None:
-        if not self.seconds > 0:
-            raise OptionError(f"seconds={self.seconds!r} of a budget must be positive.")
+        number = isinstance(self.seconds, int | float | np.number) and not isinstance(self.seconds, bool)
+        if not (number and 0 < self.seconds <= LONGEST):
+            raise OptionError(
+                f"seconds={self.seconds!r} must be a positive number (wall time of each fit), at most {LONGEST:g}."
+            )
         object.__setattr__(self, "seconds", float(self.seconds))  # 30 is the budget that 30.0 is
         for name in ("epochs", "trials"):
             value = getattr(self, name)
@@ -121,7 +130,10 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         row["warnings"] = sorted({" ".join(str(one.message).split())[:300] for one in said})
     except TimeoutError as error:
         row |= {"status": "failed", "reason": str(error)}
-    except Exception as error:  # a method may raise anything; the table says so, and the others go on
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # a method may do anything; the table says so, and the others go on
         row |= {"status": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]}
     finally:
         torch.set_num_threads(threads)
@@ -132,6 +144,7 @@ def _fit_and_measure(cell: Cell, row: dict[str, Any]) -> None:
     problem = cell.dataset.problem(cell.split)
     row["rows"] = {"train": len(problem.y_train), "test": len(problem.y_test)}
     row["columns"] = problem.x_train.shape[1]
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # what torch imports at first is no method's cost
     start, worked = time.perf_counter(), time.process_time()
     model = _searched(cell, problem, row)
     row["fit_seconds"] = time.perf_counter() - start
@@ -139,7 +152,7 @@ def _fit_and_measure(cell: Cell, row: dict[str, Any]) -> None:
         time.process_time() - worked
     )  # what it takes on a machine that is busy with other things too
     if getattr(model, "interrupted_", False):
-        row |= {"status": "stopped", "reason": f"the budget of {cell.budget.seconds:g} s ended the fit"}
+        row |= {"status": "stopped", "reason": _stopped(cell.budget.seconds, row["fit_seconds"])}
     start = time.perf_counter()
     with torch.no_grad():
         predictive = predictive_of(model, problem.x_test)
@@ -148,6 +161,12 @@ def _fit_and_measure(cell: Cell, row: dict[str, Any]) -> None:
         if diverged:
             row |= {"status": "diverged", "reason": diverged}
         measure(row, model, problem, predictive)
+
+
+def _stopped(budget: float, took: float) -> str:
+    """Why a fit counts as it was when its time was over; and that it took more, where it did."""
+    more = f"; with what had to follow it took {took:.3g} s" if took > 1.1 * budget else ""
+    return f"the budget of {budget:g} s ended the fit{more}"
 
 
 # ---- fitting -------------------------------------------------------------------------------------
@@ -228,14 +247,18 @@ class Limit:
 @contextmanager
 def time_limit(seconds: float) -> Iterator[Limit]:
     """Ctrl-C for the block after so many seconds, and again later if it goes on. Estimators of fspace then keep their
-    best state; of others TimeoutError is raised. In the main thread of a POSIX system only: elsewhere without effect.
+    best state; of others TimeoutError is raised. It waits for an import to end, which would leave half a module behind,
+    and for compiled code to return. In the main thread of a POSIX system only: elsewhere without effect.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield Limit()
         return
-    limit = Limit()
+    limit, imports = Limit(), _imports(sys._getframe())
 
-    def ring(*_: Any) -> None:
+    def ring(number: int, frame: FrameType | None) -> None:
+        if _imports(frame) > imports:
+            signal.setitimer(signal.ITIMER_REAL, LATER, max(seconds, LEAST_GRACE))
+            return
         limit.over = True
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -257,6 +280,15 @@ def time_limit(seconds: float) -> Iterator[Limit]:
         signal.signal(signal.SIGALRM, before)
         if ignored:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _imports(frame: FrameType | None) -> int:
+    """How many imports are under way in a stack of calls."""
+    count = 0
+    while frame is not None:
+        count += frame.f_code.co_filename.startswith("<frozen importlib")
+        frame = frame.f_back
+    return count
 
 
 # ---- predicting ----------------------------------------------------------------------------------

@@ -142,6 +142,8 @@ def function_distances(ours: Functions, reference: Functions, noise_variance: fl
             f"noise_variance={noise_variance!r} must be positive: without noise there is no divergence."
         )
     n = len(ours.mean)
+    if len(reference.mean) != n:
+        raise DataError(f"Functions at {n} and at {len(reference.mean)} probes cannot be compared.")
     noise = noise_variance * np.eye(n)
     moments_of_both = (ours.mean, ours.covariance, reference.mean, reference.covariance)
     return {
@@ -151,8 +153,14 @@ def function_distances(ours: Functions, reference: Functions, noise_variance: fl
         "sliced": sliced_wasserstein(ours.draws, reference.draws),
         "kl": gaussian_kl(reference.mean, reference.covariance + noise, ours.mean, ours.covariance + noise)
         / n,
-        "width": float((ours.std / reference.std).mean()),
+        "width": _mean_ratio(ours.std, reference.std),
     }
+
+
+def _mean_ratio(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Infinite where only the reference is certain somewhere, NaN where both are."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float((ours / theirs).mean())
 
 
 def _square_root(covariance: np.ndarray) -> np.ndarray:
@@ -163,6 +171,8 @@ def _square_root(covariance: np.ndarray) -> np.ndarray:
 
 def _check_moments(*parts: np.ndarray) -> None:
     n = len(parts[0])
+    if n == 0:
+        raise DataError("Moments of no points cannot be compared; give one probe input at least.")
     for mean, covariance in (parts[:2], parts[2:]):
         if mean.shape != (n,) or covariance.shape != (n, n):
             raise DataError(
@@ -172,3 +182,6 @@ def _check_moments(*parts: np.ndarray) -> None:
             raise DataError("A mean or covariance holds NaN or infinite values.")
         if not np.allclose(covariance, covariance.T, atol=1e-6 * max(1.0, float(np.abs(covariance).max()))):
             raise DataError("A covariance is not symmetric.")
+        values = np.linalg.eigvalsh(covariance)
+        if values[0] < -1e-6 * max(1.0, float(values[-1])):
+            raise DataError(f"A covariance has the negative eigenvalue {values[0]:.3g}; it is none.")

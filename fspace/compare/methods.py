@@ -100,9 +100,8 @@ DEFAULT = ("wide", "gp", "map", "ensemble", "dropout", "mfvi", "laplace", "swag"
 
 def named_methods(names: Sequence[str] | None = None) -> list[Method]:
     """Methods by their names in METHODS (None: those of `fspace compare`). Raises OptionError for another name."""
-    unknown = [name for name in names or () if name not in METHODS]
-    if unknown:
-        raise OptionError(
-            f"There is no method {unknown[0]!r}.{suggest(unknown[0], list(METHODS))} Known are {', '.join(METHODS)}."
-        )
+    for name in names or ():
+        if name not in METHODS:
+            near = suggest(name, list(METHODS)).split(" There is:")[0]
+            raise OptionError(f"There is no method {name!r}.{near} Known are {', '.join(METHODS)}.")
     return [METHODS[name]() for name in (names if names is not None else DEFAULT)]

@@ -105,6 +105,8 @@ def crps_samples(
     s = len(samples)
     if s < 1 + fair:
         raise DataError(f"CRPS from samples needs at least {1 + fair} draws of every point; there are {s}.")
+    if samples.shape[1:] != y.shape:
+        raise DataError(f"Samples are [s, n] for y [n]; got {list(samples.shape)} and {list(y.shape)}.")
     ordered = np.sort(samples, axis=0)
     # the sum of |a - b| over all ordered pairs, from the ranks alone
     spread = 2 * ((2 * np.arange(1, s + 1) - s - 1) @ ordered)
@@ -126,8 +128,11 @@ def calibration_curve(
     levels: strictly between 0 and 1 (None: 0.05, 0.10, ..., 0.95). Of a calibrated model both are equal.
     Source: Kuleshov, Fenner and Ermon (2018), eq. 8.
     """
-    stated = np.linspace(0.05, 0.95, 19) if levels is None else np.asarray(levels, dtype=np.float64)
-    if stated.ndim != 1 or not ((stated > 0) & (stated < 1)).all():
+    try:
+        stated = np.linspace(0.05, 0.95, 19) if levels is None else np.asarray(levels, dtype=np.float64)
+    except (TypeError, ValueError):
+        stated = np.empty(0)
+    if stated.ndim != 1 or not stated.size or not ((stated > 0) & (stated < 1)).all():
         raise OptionError(f"levels={levels!r} must be numbers strictly between 0 and 1, in a row.")
     below = _below(y, predictive)
     return stated, (below[:, None] <= stated).mean(axis=0)
@@ -148,7 +153,7 @@ def sharpness(predictive: Any) -> float:
 def coverage(y: Any, predictive: Any, level: float = 0.9) -> float:
     """Share of observations in their central interval of the level."""
     y = numbers(y, predictive)
-    lower, upper = (array(bound) for bound in predictive.interval(level))
+    lower, upper = (_known(array(bound), "bound of the interval") for bound in predictive.interval(level))
     return float(((y >= lower) & (y <= upper)).mean())
 
 
@@ -199,7 +204,7 @@ def class_calibration_error(labels: Any, predictive: Any, bins: int = BINS, equa
 
 def class_arrays(labels: Any, predictive: Any) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n c"]]:
     """Labels and probabilities of a Categorical or an array [n, c]. Raises DataError where they do not fit together."""
-    probs = array(predictive.probs if isinstance(predictive, Categorical) else predictive).astype(np.float64)
+    probs = floats(predictive.probs if isinstance(predictive, Categorical) else predictive, "probabilities")
     labels = _labels(labels)
     if probs.ndim != 2 or len(labels) != len(probs):
         raise DataError(
@@ -209,6 +214,13 @@ def class_arrays(labels: Any, predictive: Any) -> tuple[Int[np.ndarray, " n"], F
     if not np.isfinite(probs).all():
         row = int(np.flatnonzero(~np.isfinite(probs).all(axis=1))[0])
         raise DataError(f"The probabilities of row {row} are NaN or infinite.")
+    wrong = (probs < 0).any(axis=1) | (np.abs(probs.sum(axis=1) - 1) > 1e-4)
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise DataError(
+            f"Row {row} holds no probabilities: {probs[row].tolist()}; they are at least 0 and sum to one "
+            f"({wrong.sum()} such rows in all). Scores need their softmax first."
+        )
     if labels.min() < 0 or labels.max() >= probs.shape[1]:
         raise DataError(
             f"Labels are positions of classes, from 0 to {probs.shape[1] - 1} here; these go from {labels.min()} to "
@@ -226,9 +238,9 @@ def dyadic_batches(n: int, size: int = 10, count: int = 200, seed: int = 0) -> I
     Random batches of many inputs say little about a joint prediction, for their points hardly depend on each other;
     repeated points do. Raises OptionError for fewer than two points. Source: Osband et al. (2022), section 4.
     """
-    if n < 2 or size < 1 or count < 1:
+    if not all(isinstance(k, int | np.integer) for k in (n, size, count)) or n < 2 or size < 1 or count < 1:
         raise OptionError(
-            f"dyadic_batches(n={n}, size={size}, count={count}): two points and one batch at least."
+            f"dyadic_batches(n={n}, size={size}, count={count}): whole numbers; two points and one batch at least."
         )
     rng = np.random.default_rng(seed)
     first, step = rng.integers(0, n, count), rng.integers(1, n, count)
@@ -309,7 +321,12 @@ def _joint_density(y: np.ndarray, predictive: Any, picks: np.ndarray) -> Float[n
 
 def numbers(y: Any, predictive: Any) -> Float[np.ndarray, " n"]:
     """y [n] as float64. Raises DataError where it does not belong to the predictive, or one of them is no number."""
-    values, mean = array(y).astype(np.float64), array(predictive.mean)
+    if not hasattr(predictive, "variance"):
+        raise DataError(
+            f"A {type(predictive).__name__} is no predictive; pass model.predictive(X), or one made by hand, such as "
+            "Gaussian(mean, variance) of fspace.predictive."
+        )
+    values, mean = floats(y, "y"), array(predictive.mean)
     if mean.ndim != 1 or values.shape != mean.shape:
         raise DataError(
             f"y has shape {list(values.shape)}, the predictive {list(mean.shape)}; both must be [n], of the same "
@@ -323,6 +340,25 @@ def numbers(y: Any, predictive: Any) -> Float[np.ndarray, " n"]:
             raise DataError(
                 f"{what} is NaN or infinite in row {row} ({(~np.isfinite(numbers)).sum()} in all)."
             )
+    return values
+
+
+def floats(values: Any, name: str) -> np.ndarray:
+    """An array of float64. Raises DataError, with its name, where values hold no numbers."""
+    try:
+        return array(values).astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name} must hold numbers: {error}.") from error
+
+
+def _known(values: np.ndarray, what: str) -> np.ndarray:
+    """values, of which NaN would count as a miss. Raises DataError where there is any."""
+    if np.isnan(values).any():
+        row, count = int(np.flatnonzero(np.isnan(values))[0]), np.isnan(values).sum()
+        raise DataError(
+            f"The predicted {what} is NaN in row {row} ({count} in all): the predictive's variance is NaN or negative "
+            "there."
+        )
     return values
 
 
@@ -348,7 +384,7 @@ def _as_predicted(y: np.ndarray, predictive: Any) -> Tensor:
 def _below(y: Any, predictive: Any) -> Float[np.ndarray, " n"]:
     """P(value <= y); of counts the middle of the step that it takes there."""
     values = like(predictive.mean, numbers(y, predictive))
-    below = array(predictive.cdf(values)).astype(np.float64)
+    below = _known(array(predictive.cdf(values)).astype(np.float64), "probability to be below y")
     if predictive.counts:
         below = below - 0.5 * np.exp(array(predictive.log_prob(values)))
     return below
@@ -357,6 +393,8 @@ def _below(y: Any, predictive: Any) -> Float[np.ndarray, " n"]:
 def gaussian_parts(predictive: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Means and standard deviations [k, n] and weights [k] of a predictive that is a mixture of Gaussians."""
     if isinstance(predictive, Samples):
+        if predictive.noise is None:
+            return None
         values, noise = array(predictive.values), array(predictive.noise)
         return (
             values.astype(np.float64),

@@ -103,7 +103,7 @@ def _frame(rows: Sequence[Mapping[str, Any]], guide: Mapping[str, Any] | None) -
     y = np.concatenate([np.array(row["functions"]["train"][1]) for row in rows])
     spans = [y] if guide is None else [y, np.array(guide["observed"]).ravel()]
     low, high = min(span.min() for span in spans), max(span.max() for span in spans)
-    room = 0.35 * (y.max() - y.min())
+    room = 0.35 * float(np.ptp(y)) or 1.0  # y may be constant
     return float(max(low - 0.1 * room, y.min() - 2 * room)), float(min(high + 0.1 * room, y.max() + 2 * room))
 
 
@@ -274,37 +274,33 @@ def cost_quality(
         for name, (mean, error) in results.means(metric, dataset).items()
     ]
     ax.set_xscale("log")
-    for name, cost, mean, error in points:
-        ax.errorbar(
-            cost,
-            mean,
-            error,
-            fmt="o",
-            ms=6,
-            capsize=2.5,
-            lw=1.2,
-            color=styles[name]["color"],
-            label=shortened(name),
-        )
-    _without_outliers(ax, [(name, mean, error) for name, _, mean, error in points], higher_is_better(metric))
+    sign = 1 if higher_is_better(metric) else -1
+    inside = _comparable([sign * mean for _, _, mean, _ in points])
+    for (name, cost, mean, error), shown in zip(points, inside):
+        if shown:
+            marks = {"fmt": "o", "ms": 6, "capsize": 2.5, "lw": 1.2, "color": styles[name]["color"]}
+            ax.errorbar(cost, mean, error, label=shortened(name), **marks)
+        else:
+            marks = {"marker": "v", "ls": "", "color": styles[name]["color"]}
+            ax.plot([], [], label=f"{shortened(name)}: {mean:.3g}, below", **marks)
+    spans = [(mean - error, mean + error) for (_, _, mean, error), shown in zip(points, inside) if shown]
+    if spans:
+        low, high = min(span[0] for span in spans), max(span[1] for span in spans)
+        room = max(0.08 * (high - low), 1e-3 * (1 + abs(high)))
+        ax.set_ylim(*((low - room, high + room)[::sign]))
     finish(ax, f"{dataset}: what a score costs", "seconds to fit (mean over splits)", words(metric))
     legend(ax, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return ax
 
 
-def _without_outliers(ax: Axes, points: Sequence[tuple[str, float, float]], higher: bool) -> None:
-    """Better is up; methods so bad that they would flatten the others stay outside, and are named."""
-    sign = 1 if higher else -1
-    goods = np.array([sign * mean for _, mean, _ in points])
-    worst = np.median(goods) - 4 * max(np.ptp(goods[goods >= np.median(goods)]), 1e-12)
-    inside = [point for point, good in zip(points, goods) if good >= worst]
-    outside = [point for point, good in zip(points, goods) if good < worst]
-    low, high = min(mean - error for _, mean, error in inside), max(mean + error for _, mean, error in inside)
-    room = 0.08 * (high - low) if high > low else 1e-3 + abs(high) * 1e-3
-    ax.set_ylim(*((low - room, high + room)[::sign]))
-    if outside:
-        text = "\n".join(f"{shortened(name)}: {mean:.3g}" for name, mean, _ in outside)
-        ax.text(0.02, 0.03, f"below the picture\n{text}", transform=ax.transAxes, fontsize=8.5, color=GREY)
+def _comparable(goods: Sequence[float]) -> list[bool]:
+    """Which of some scores, higher better, can be shown together: not those that are infinite, or so bad that they
+    would flatten the others; the legend names these."""
+    known = np.array([good for good in goods if np.isfinite(good)])
+    if not len(known):
+        return [False] * len(goods)
+    worst = np.median(known) - 4 * max(np.ptp(known[known >= np.median(known)]), 1e-12)
+    return [bool(np.isfinite(good) and good >= worst) for good in goods]
 
 
 def detection(results: Results, dataset: str, measure: str = "entropy", *, ax: Axes | None = None) -> Axes:

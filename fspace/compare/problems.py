@@ -8,14 +8,15 @@ from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Float
 from sklearn.model_selection import train_test_split
 
 from fspace.columns import suggest
-from fspace.data import TableEncoder
+from fspace.data import TableEncoder, check_target
 from fspace.datasets import UCI_TABLES, load_uci
 from fspace.errors import DataError, OptionError
+from fspace.predictive_base import check_seed
+from fspace.targets import check_labels
 
 TASKS = ("regression", "classification")
 PROTEIN_SPLITS, UCI_SPLITS = 5, 20
@@ -153,39 +154,51 @@ class Table:
             raise OptionError(f"task={self.task!r} does not exist; choose one of {', '.join(TASKS)}.")
         if not isinstance(self.splits, int | np.integer) or self.splits < 1:
             raise OptionError(f"splits={self.splits!r} must be a whole number of at least 1.")
-        if not 0 < self.test_fraction < 1:
+        if not (isinstance(self.test_fraction, int | float) and 0 < self.test_fraction < 1):
             raise OptionError(f"test_fraction={self.test_fraction!r} must lie between 0 and 1.")
-        y = np.asarray(self.y)
-        if y.ndim != 1 or len(y) != len(self.X):
-            raise DataError(
-                f"y has shape {list(y.shape)} for {len(self.X)} rows of X; one value for each row."
+        if check_seed(self.seed) + self.splits > 2**32:
+            raise OptionError(
+                f"seed={self.seed!r}: split k takes the seed plus k, which must stay below 2**32."
             )
-        if self.task == "classification" and np.unique(y, return_counts=True)[1].min() < 2:
-            raise DataError(
-                f"{self.name}: a class has one row only, so it cannot be in both parts of a split."
-            )
-        if self.task == "regression" and not (y.dtype.kind in "iufb" and np.isfinite(y.astype(float)).all()):
-            raise DataError(
-                f"{self.name}: y holds what is no finite number; mend it, or take task='classification'."
-            )
-        encoded = TableEncoder(missing=self.missing).fit_transform(
-            self.X
-        )  # refuses, by row, what no split can use
+        encoder = TableEncoder(missing=self.missing)
+        encoded = encoder.fit_transform(self.X)  # refuses, by row, what no split can use
+        outside = None if self.outside is None else encoder.transform(self.outside)
+        y = self._target(len(encoded))
+        object.__setattr__(self, "y", y)
         if self.gap:
             object.__setattr__(self, "splits", int(encoded.shape[1]))
         how = "one gap split for each input" if self.gap else f"{self.splits} random splits"
         object.__setattr__(self, "source", f"{self.source or self.name}, {how}")
         digest = hashlib.sha256(np.ascontiguousarray(encoded, dtype=np.float64).tobytes())
         digest.update(y.astype(str).tobytes())
-        if self.outside is not None:
-            digest.update(np.ascontiguousarray(self.outside, dtype=np.float64).tobytes())
+        if outside is not None:
+            digest.update(np.ascontiguousarray(outside, dtype=np.float64).tobytes())
         settings = f"{self.test_fraction} {self.seed} {self.missing} {self.gap}"
         object.__setattr__(self, "fingerprint", f"{digest.hexdigest()[:16]} {settings}")
+
+    def _target(self, n: int) -> np.ndarray:
+        """y [n]: finite numbers, or labels of which every class has two rows."""
+        if self.task == "regression":
+            y = check_target(self.y, n)
+            if y.ndim != 1:
+                raise DataError(
+                    f"{self.name}: y has shape {list(y.shape)}; one value for each row (several: a table each)."
+                )
+            return y
+        labels, positions = check_labels(self.y, n)
+        counts = np.bincount(positions)
+        if counts.min() < 2:
+            rare = labels[counts < 2].tolist()
+            raise DataError(
+                f"{self.name}: the class {rare[0]!r} has one row only, so it cannot be in both parts of a split "
+                f"({len(rare)} of {len(labels)} classes are so rare). Remove its row, or merge it with another class."
+            )
+        return labels[positions]
 
     def problem(self, split: int) -> Problem:
         """One random split, the same for the same seed and number; or the gap along one encoded input."""
         _check_split(self, split)
-        y = np.asarray(self.y)
+        y = self.y
         if self.gap:
             return _gap_problem(TableEncoder(missing=self.missing).fit_transform(self.X), y, split)
         try:
@@ -197,11 +210,11 @@ class Table:
             )
         except ValueError as error:
             raise DataError(f"{self.name} cannot be split: {error}") from error
-        rows = self.X.iloc if isinstance(self.X, pd.DataFrame) else np.asarray(self.X)
+        frame = hasattr(self.X, "columns")  # pandas, whose rows are iloc's, or polars
+        rows = getattr(self.X, "iloc", self.X) if frame else np.asarray(self.X)
         encoder = TableEncoder(missing=self.missing)
         x_train, x_test = encoder.fit_transform(rows[train]), encoder.transform(rows[test])
         outside = None if self.outside is None else encoder.transform(self.outside)
-        y = y if self.task == "classification" else y.astype(np.float64)
         return Problem(x_train, y[train], x_test, y[test], outside)
 
 
@@ -216,6 +229,13 @@ class InBetween:
     splits: int = 5
     rows: int = 60
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("splits", 1), ("rows", 2)):
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer) or value < least:
+                raise OptionError(f"{name}={value!r} must be a whole number of at least {least}.")
+        check_seed(self.seed)
 
     name, task, noise = "in-between", "regression", 0.1
     fresh = True  # splits share no rows

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
+from fspace.compare.metrics import floats
 from fspace.errors import DataError, OptionError
 
 LOWER_IS_BETTER = (
@@ -50,7 +51,7 @@ def rank(values: Any, methods: list[str], higher: bool) -> Ranking:
     Sources: Demsar (2006): Friedman's statistic in Iman and Davenport's form (eq. 3.2), Nemenyi's critical difference
     (section 3.2.2); Wilcoxon's signed ranks with Holm's correction.
     """
-    table = np.asarray(values, dtype=np.float64)
+    table = floats(values, "values")
     if table.ndim != 2 or table.shape[1] != len(methods) or len(methods) < 2 or len(table) < 2:
         raise DataError(
             f"Ranks need at least two methods on at least two blocks; there are values {list(table.shape)} for "
@@ -82,7 +83,8 @@ def comparable(scores: Float[np.ndarray, "b k"]) -> Float[np.ndarray, "b k"]:
 
 
 def _friedman(ranks: Float[np.ndarray, "b k"]) -> float:
-    """P-value of Iman and Davenport's F statistic, with the correction for ties."""
+    """P-value of Iman and Davenport's F statistic, with the correction for ties; never below 1 / k!^(blocks - 1), the
+    probability by chance alone of one order on all blocks, which no result can be less probable than."""
     blocks, k = ranks.shape
     between = blocks * ((ranks.mean(0) - (k + 1) / 2) ** 2).sum()
     within = ((ranks - (k + 1) / 2) ** 2).sum() / (blocks * (k - 1))
@@ -90,9 +92,10 @@ def _friedman(ranks: Float[np.ndarray, "b k"]) -> float:
         return 1.0
     square = between / within
     rest = blocks * (k - 1) - square
+    least = float(math.factorial(k)) ** (1 - blocks) if k < 100 else 0.0
     if rest <= 1e-12 * square:  # the same order on every block
-        return 0.0 if k > 2 or blocks > 1 else 1.0
-    return float(stats.f.sf((blocks - 1) * square / rest, k - 1, (k - 1) * (blocks - 1)))
+        return least
+    return max(least, float(stats.f.sf((blocks - 1) * square / rest, k - 1, (k - 1) * (blocks - 1))))
 
 
 def critical_difference(methods: int, blocks: int, level: float = 0.05) -> float:
@@ -126,13 +129,13 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def standard_error(values: Any, test_share: float) -> float:
-    """Standard error of a mean over splits (or of paired differences); NaN of fewer than two.
+    """Standard error of a mean over splits (or of paired differences); NaN of fewer than two and of infinite ones.
 
     test_share: test rows for each training row. The training parts of random splits overlap, so that scores of splits
     are less different than those of new data: the variance is multiplied by 1/J + test_share rather than 1/J, which
     is a rule of thumb, and 0 gives the plain standard error. Source: Nadeau and Bengio (2003), eq. 13.
     """
     found = np.asarray(values, dtype=np.float64)
-    if len(found) < 2:
+    if len(found) < 2 or not np.isfinite(found).all():
         return math.nan
     return float(np.std(found, ddof=1) * math.sqrt(1 / len(found) + test_share))

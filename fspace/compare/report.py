@@ -20,7 +20,7 @@ from fspace.compare.problems import InBetween
 from fspace.compare.ranks import Ranking, higher_is_better, rank, standard_error
 from fspace.compare.results import Results
 from fspace.compare.sentences import empty_widths, findings, give
-from fspace.errors import DataError
+from fspace.errors import DataError, OptionError
 from fspace.report import PAGE, STYLE
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ CAPTIONS = {
     "cost": "One point a method: what a fit took on this machine, and the score it bought. Up is better.",
     "detection": (
         "The probability that a row of another kind is less sure than a row of the kind that was fitted; one half is "
-        "guessing. Bars end at the mean over the splits, with standard errors."
+        "guessing. Points are means over the splits, bars their standard errors."
     ),
     "priors": (
         "What each prior says of functions before any data: draws, and the band that holds 90% of them. A prior on "
@@ -84,10 +84,15 @@ def write_report(
     """Write report.html, results.csv and the pictures into a folder, and return the page's path.
 
     reference: the method that others are compared with as functions; priors: names to functions drawn [s, g] over
-    prior_grid [g], of which `limits` are infinitely wide networks.
+    prior_grid [g], of which `limits` are infinitely wide networks. Raises OptionError for a folder that cannot be made.
     """
     where = Path(folder)
-    where.mkdir(parents=True, exist_ok=True)
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(
+            f"The report cannot be written to {str(where)!r} ({error.strerror}); name another folder."
+        ) from error
     book = _Book(where)
     parts = [f"<h1>{escape(title)}</h1>", _lead(results), _findings(results, reference)]
     for dataset, task in results.datasets.items():
@@ -111,9 +116,13 @@ class _Book:
     def __init__(self, folder: Path):
         self.folder = folder
         self.told: set[str] = set()
+        self.names: set[str] = set()
 
     def add(self, name: str, caption: str, figure: Figure) -> str:
-        """The picture as part of the page; a caption is given once."""
+        """The picture as part of the page; a caption is given once. Another name where there is one of it."""
+        while name in self.names:
+            name += "-2"
+        self.names.add(name)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=130)
         (self.folder / f"{name}.png").write_bytes(buffer.getvalue())

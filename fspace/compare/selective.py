@@ -13,7 +13,7 @@ from jaxtyping import Float
 from scipy.stats import rankdata
 
 from fspace.canvas import array
-from fspace.compare.metrics import class_arrays, numbers
+from fspace.compare.metrics import class_arrays, floats, numbers
 from fspace.errors import DataError, OptionError
 from fspace.predictive import Categorical
 
@@ -60,7 +60,7 @@ def aurc(loss: Any, doubt: Any) -> float:
 
 def augrc(loss: Any, doubt: Any) -> float:
     """Area under the generalised risk-coverage curve: the loss of those answered as a share of all rows, averaged; the
-    risk of a silent error. Of classes at most 0.5. Source: Traub et al. (2024), eq. 6."""
+    risk of a silent error. Of many rows of classes at most 0.5. Source: Traub et al. (2024), eq. 6."""
     coverage, risk = risk_coverage(loss, doubt)
     return float((coverage * risk).mean())
 
@@ -93,7 +93,7 @@ def doubt(predictive: Any, measure: str | None = None) -> Float[np.ndarray, " n"
 
 
 def _doubts(values: Any, name: str) -> Float[np.ndarray, " n"]:
-    found = array(values).astype(np.float64)
+    found = floats(values, name)
     if found.ndim != 1 or len(found) == 0:
         raise DataError(f"{name} must be numbers [n], at least one; got shape {list(found.shape)}.")
     if np.isnan(found).any():

@@ -69,17 +69,26 @@ def give(value: float, error: float, digits: int = 2) -> str:
 def _best(dataset: str, values: pd.DataFrame, share: float) -> list[str]:
     """Who predicts best, and who cannot be told from it."""
     means = values.mean().dropna().sort_values(ascending=False)
+    infinite = [str(name) for name in means.index if means[name] == -math.inf]
+    said = [f"{dataset}: {name} gave what happened no probability at all in some place." for name in infinite]
+    means = means[np.isfinite(means)]
     if len(means) < 2:
-        return []
+        return said
     best = means.index[0]
     near = [name for name in means.index[1:] if not difference(values[best], values[name], share)[2]]
     mean, error, far = difference(values[best], values[means.index[1]], share)
     figure = give(float(means.iloc[0]), standard_error(values[best].dropna(), share))
-    text = f"{dataset}: {best} predicts best, {figure} nats a point; {means.index[1]} has {give(mean, error)} less"
+    text = f"{dataset}: {best} predicts best, {figure} nats a point; {means.index[1]} "
+    if math.isnan(mean):
+        return [f"{text}was measured on other splits, so the two cannot be compared.", *said]
+    if mean < 0:
+        return [f"{text}has {give(-mean, error)} more on the splits that both have.", *said]
+    text += f"has {give(mean, error)} less"
     if far:
-        return [f"{text}, which is more than chance."]
-    others = _listed(near[:5]) + (f" and {len(near) - 5} more" if len(near) > 5 else "")
-    return [f"{text}. Not to be told from it on {len(values)} split{'s' * (len(values) > 1)}: {others}."]
+        return [f"{text}, which is more than chance.", *said]
+    others = _listed([*near[:5], f"{len(near) - 5} more"] if len(near) > 6 else near)
+    count = f"{len(values)} split{'s' * (len(values) > 1)}"
+    return [f"{text}. Not to be told from it on {count}: {others}.", *said]
 
 
 def _spaces(dataset: str, values: pd.DataFrame, share: float, results: Results) -> list[str]:
@@ -94,6 +103,8 @@ def _spaces(dataset: str, values: pd.DataFrame, share: float, results: Results) 
     count = sum(results.spaces.get(name) == "weights" for name in means.index)
     networks = f"the best of {count} networks" if count > 1 else "the network"
     mean, error, far = difference(values[best["function"]], values[best["weights"]], share)
+    if math.isnan(mean):  # no split on which both were measured
+        return []
     verdict = ("more" if mean > 0 else "less") + (" than" if far else ", within chance of")
     note = "; picking the best on the test rows favours the side with more methods" if count > 1 else ""
     return [
@@ -126,6 +137,8 @@ def _noticed(dataset: str, results: Results) -> list[str]:
         return []
     share = results.test_share(dataset)
     means = values.mean().dropna().sort_values(ascending=False)
+    if len(means) < 2:
+        return []
     first, last = means.index[0], means.index[-1]
     mean, error, far = difference(values[first], values[last], share)
     figure = give(float(means[first]), standard_error(values[first].dropna(), share))

@@ -6,11 +6,12 @@ import hashlib
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,14 @@ class Study:
         seed: int = 0,
         folder: str | os.PathLike[str] | None = None,
     ):
-        self.datasets, self.budget, self.seed = list(datasets), budget or Budget(), check_seed(seed)
+        self.datasets, self.seed = (
+            _all_of(Dataset, datasets, "datasets", "Table('mine', X, y)"),
+            check_seed(seed),
+        )
         self.methods = as_methods(methods)
+        if not isinstance(budget, Budget | None):
+            raise OptionError(f"budget={budget!r} is none; pass Budget(seconds=...).")
+        self.budget = budget or Budget()
         self.folder = None if folder is None else Path(folder)
         if splits is not None and (not isinstance(splits, int | np.integer) or splits < 1):
             raise OptionError(f"splits={splits!r} must be a whole number of at least 1.")
@@ -122,17 +129,33 @@ class Study:
 
 
 def as_methods(methods: Sequence[Method] | Mapping[str, Any]) -> list[Method]:
-    """Methods from a sequence of them, or from names and estimators."""
+    """Methods from a sequence of them, or from names and estimators. Raises OptionError for what is neither."""
     if not isinstance(methods, Mapping):
-        return list(methods)
+        return _all_of(Method, methods, "methods", "a dict of names and estimators, or named_methods([...])")
     from sklearn.base import is_classifier
 
     made = []
     for name, one in methods.items():
         if not isinstance(one, Method):
+            if isinstance(one, type) or not (hasattr(one, "fit") and hasattr(one, "get_params")):
+                raise OptionError(
+                    f"The method {name!r} is {one!r}, no estimator: one has fit and get_params (BaseEstimator of "
+                    "scikit-learn gives that), and is an instance, not a class."
+                )
             one = Method(name, classifier=one) if is_classifier(one) else Method(name, regressor=one)
         made.append(replace(one, name=name))
     return made
+
+
+def _all_of(kind: type[Any], items: Any, option: str, example: str) -> list[Any]:
+    """A sequence whose items are all of a kind, as a list. Raises OptionError where it is not."""
+    listed = list(items) if isinstance(items, Sequence) and not isinstance(items, str) else None
+    if listed is None or not all(isinstance(item, kind) for item in listed):
+        what = items if listed is None else next(item for item in listed if not isinstance(item, kind))
+        raise OptionError(
+            f"{option} must be a sequence of {kind.__name__}s; got a {type(what).__name__}. Pass {example}."
+        )
+    return listed
 
 
 def cell_key(cell: Cell) -> str:
@@ -147,30 +170,42 @@ def cell_key(cell: Cell) -> str:
 class Journal:
     """Finished cells in a file, one a line; a last line that was cut off is dropped when the file is next opened.
 
-    Raises DataError for a file that is no journal.
+    Raises DataError for a file that is no journal, and for a folder that cannot be written to.
     """
 
     def __init__(self, path: Path, resume: bool = True):
         self.path = path
         self.rows: dict[str, dict[str, Any]] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(encoding="utf-8").splitlines() if resume and path.exists() else []
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = path.read_text(encoding="utf-8", errors="replace") if resume and path.exists() else ""
+            whole = self._read([line for line in text.split("\n") if line.strip()])
+            part = path.with_suffix(".part")
+            part.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
+            os.replace(part, path)
+        except OSError as error:
+            raise DataError(
+                f"Results cannot be kept in {str(path.parent)!r} ({error.strerror or error}); name a folder that can "
+                "be written to."
+            ) from error
+
+    def _read(self, lines: list[str]) -> list[str]:
+        """Take rows from lines, and return those lines that are whole."""
         whole = []
         for number, line in enumerate(lines):
             try:
                 entry = json.loads(line)
+                entry["row"]["status"]
                 self.rows[entry["key"]] = entry["row"]
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 if number < len(lines) - 1:
                     raise DataError(
-                        f"{str(path)!r}, line {number + 1}, is no result of a study; move the file away, or name "
+                        f"{str(self.path)!r}, line {number + 1}, is no result of a study; move the file away, or name "
                         "another folder."
                     ) from error
                 continue
             whole.append(line)
-        part = path.with_suffix(".part")
-        part.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
-        os.replace(part, path)
+        return whole
 
     def add(self, key: str, row: Mapping[str, Any]) -> None:
         """Write one line, to the disk, before anything else happens."""
@@ -228,11 +263,23 @@ def _in_processes(todo: Todo, jobs: int) -> Answers:
                     yield key, _dead(cell)
 
 
+def _end_with_study() -> None:
+    """A worker ends when the study's process does, even when that is killed: nobody would take its result."""
+    study = parent_process()
+
+    def watch() -> None:
+        if study is not None:
+            study.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class _pool:
     """Fresh processes (torch's threads do not survive a fork); where the block is left by an error they end with it."""
 
     def __init__(self, jobs: int):
-        self.pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+        self.pool = ProcessPoolExecutor(jobs, get_context("spawn"), _end_with_study)
 
     def __enter__(self) -> ProcessPoolExecutor:
         return self.pool

@@ -89,3 +89,39 @@ class Silent(RegressorMixin, BaseEstimator):
 
     def predict(self, X):
         return np.zeros(len(X))
+
+
+class Imports(Noisy):
+    """Imports a module that takes longer than the budget, then never ends by itself."""
+
+    def fit(self, X, y):
+        import slow_to_import
+
+        assert slow_to_import.WHOLE
+        super().fit(X, y)
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            self.interrupted_ = True
+        return self
+
+
+class Leaves(Noisy):
+    """Calls sys.exit."""
+
+    def fit(self, X, y):
+        raise SystemExit("out of licences")
+
+
+class Tells(Noisy):
+    """Writes down its process, then takes long."""
+
+    def __init__(self, file="", seed=0):
+        super().__init__(seed)
+        self.file = file
+
+    def fit(self, X, y):
+        with open(self.file, "w") as file:
+            file.write(str(os.getpid()))
+        time.sleep(60)
+        return super().fit(X, y)

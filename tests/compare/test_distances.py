@@ -1,6 +1,7 @@
 """Distances between posteriors as functions: closed forms, another library's optimal transport, and draws."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -131,3 +132,23 @@ def test_what_is_refused():
         gaussian_kl(np.array([np.nan]), np.eye(1), np.zeros(1), np.eye(1))
     with pytest.raises(DataError, match="must be"):
         sliced_wasserstein(np.zeros((3, 2)), np.zeros((3, 1)))
+
+
+def test_what_is_no_covariance_and_other_probes_are_refused():
+    mean, ours = np.zeros(3), Functions(np.zeros(3), np.eye(3), np.zeros((5, 3)))
+    for distance in (gaussian_wasserstein, gaussian_kl):
+        with pytest.raises(DataError, match="negative eigenvalue"):
+            distance(mean, -np.eye(3), mean, np.eye(3))
+        with pytest.raises(DataError, match="no points"):
+            distance(mean[:0], np.eye(0), mean[:0], np.eye(0))
+    with pytest.raises(DataError, match="at 3 and at 2 probes"):
+        function_distances(ours, Functions(np.zeros(2), np.eye(2), np.zeros((5, 2))), 0.1)
+
+
+def test_a_reference_without_spread_makes_the_width_infinite_without_a_warning():
+    ours = Functions(np.zeros(3), np.eye(3), np.zeros((5, 3)))
+    certain = Functions(np.zeros(3), np.zeros((3, 3)), np.zeros((5, 3)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert function_distances(ours, certain, 0.1)["width"] == math.inf
+        assert math.isnan(function_distances(certain, certain, 0.1)["width"])

@@ -232,6 +232,40 @@ def test_labels_that_do_not_fit_are_refused(labels, probs, words):
             metric(labels, probs)
 
 
+@pytest.mark.parametrize("variance", [math.nan, -1.0])
+def test_a_variance_that_is_none_is_not_counted_as_a_miss(variance):
+    bad = Gaussian(GAUSSIAN.mean, torch.where(torch.arange(N) == 7, variance, GAUSSIAN.variance))
+    for metric in (metrics.coverage, metrics.calibration_error, metrics.calibration_curve):
+        with pytest.raises(DataError, match="NaN in row 7"):
+            metric(Y, bad)
+    assert math.isnan(metrics.log_likelihood(Y, bad)) and math.isnan(metrics.crps(Y, bad))
+
+
+@pytest.mark.parametrize(
+    "probs", [2 * PROBS, PROBS - 1, np.zeros_like(PROBS), np.log(PROBS), PROBS.astype("f2") + 0.01]
+)
+def test_what_is_no_probability_is_refused(probs):
+    for metric in (metrics.accuracy, metrics.brier, metrics.class_calibration_error):
+        with pytest.raises(DataError, match="Row 0 holds no probabilities"):
+            metric(LABELS, probs)
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: metrics.rmse(Y, MEAN[0]), r"ndarray is no predictive; pass model.predictive\(X\)"),
+        (lambda: metrics.coverage(Y, None), "NoneType is no predictive"),
+        (lambda: metrics.rmse(["a"] * N, GAUSSIAN), "y must hold numbers"),
+        (lambda: metrics.accuracy(LABELS, GAUSSIAN), "probabilities must hold numbers"),
+        (lambda: metrics.calibration_error(Y, GAUSSIAN, []), "levels="),
+        (lambda: metrics.calibration_curve(Y, GAUSSIAN, "high"), "levels="),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_words(call, words):
+    with pytest.raises((DataError, OptionError), match=words):
+        call()
+
+
 def test_batches_that_do_not_fit_are_refused():
     with pytest.raises(DataError, match="positions from 0 to 99"):
         metrics.joint_log_likelihood(Y, ENSEMBLE, np.array([[0, 99]]))

@@ -1,5 +1,6 @@
 """Ranks and tests against scipy, the figures printed by Demsar (2006), and simulation."""
 
+import itertools
 import math
 
 import numpy as np
@@ -67,3 +68,22 @@ def test_what_is_refused():
         higher_is_better("coverage_90")
     assert higher_is_better("log_likelihood") and not higher_is_better("crps")
     assert higher_is_better("auroc, entropy") and not higher_is_better("fpr95, entropy")
+
+
+@pytest.mark.parametrize("blocks, k", [(2, 2), (2, 4), (3, 3)])
+def test_few_blocks_of_one_order_are_no_proof(blocks, k):
+    """By enumeration: how probable it is by chance that all blocks have the first one's order."""
+    orders = list(itertools.permutations(range(k)))
+    alike = sum(
+        all(order == orders[0] for order in rest) for rest in itertools.product(orders, repeat=blocks - 1)
+    )
+    expected = alike / len(orders) ** (blocks - 1)
+    assert rank(np.tile(np.arange(k), (blocks, 1)), list("abcdef")[:k], True).p_value == pytest.approx(
+        expected
+    )
+
+
+def test_tables_that_are_none_are_refused():
+    for table in ([[1.0, 2.0], [1.0]], [["a", "b"]] * 2):
+        with pytest.raises(DataError, match="values must hold numbers"):
+            rank(table, ["a", "b"], True)

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -199,7 +200,9 @@ def test_a_hopeless_method_does_not_flatten_the_others():
     bottom, _ = ax.get_ylim()
     values = RESULTS.means("log_likelihood", "line")
     assert values["bad"][0] < bottom < values["alike"][0]
-    assert any("bad" in text.get_text() for text in ax.texts)
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert any(label.startswith("bad: ") and label.endswith(", below") for label in labels)
+    assert not ax.texts and len(ax.containers) == 3  # named beside the picture, and no error bar crosses it
 
 
 # ---- the terminal ----------------------------------------------------------------------------------
@@ -298,6 +301,60 @@ def test_the_page_on_comparing_runs(tmp_path, monkeypatch, capsys):
     """The Python of docs/compare.md as it stands, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[2] / "docs" / "compare.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    exec(compile(block, "compare.md", "exec"), {})
-    assert "diabetes: " in capsys.readouterr().out and (tmp_path / "diabetes-study" / "report.html").exists()
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(compile(block, "compare.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert "diabetes: " in said and (tmp_path / "diabetes-study" / "report.html").exists()
+    assert "log_evidence" in said  # of a network by itself
+
+
+# ---- scores that are infinite, or on other splits --------------------------------------------------
+
+
+def changed(**scores):
+    """RESULTS on the first data set, with some methods' log-likelihoods of its splits given (None: failed)."""
+    rows = []
+    for row in RESULTS.rows:
+        if row["dataset"] != "line":
+            continue
+        value = scores.get(row["method"], {}).get(row["split"], row["scores"].get("log_likelihood"))
+        row = {**row, "scores": {**row["scores"], "log_likelihood": value}}
+        rows.append({**row, "status": "failed", "scores": {}} if value is None else row)
+    return Results(rows, "b", {}, RESULTS.spaces)
+
+
+def test_a_method_without_any_probability_does_not_take_the_report_with_it(tmp_path):
+    """Hours of fits would be without a page for one prediction that was too sure."""
+    for sure in (["bad"], ["bad", "alike"], ["reference", "good", "alike", "bad"]):
+        results = changed(**{name: {1: -math.inf} for name in sure})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            write_report(tmp_path, results, reference="reference")
+        text = "\n".join(findings(results))
+        assert all(f"{name} gave what happened no probability" in text for name in sure) and "nan" not in text
+
+
+def test_methods_on_other_splits_are_not_compared():
+    failed = dict.fromkeys(range(4))
+    apart = changed(good={2: None, 3: None}, reference={0: None, 1: None}, alike=failed, bad=failed)
+    text = "\n".join(findings(apart))
+    assert "was measured on other splits" in text and "nan" not in text
+    better = changed(
+        good={0: 9.0, 1: None, 2: None, 3: None}, reference={0: 9.5, 1: 0.0, 2: 0.0, 3: 0.0},
+        alike=failed, bad=failed,
+    )  # fmt: skip
+    assert (
+        "reference has 0.5" in (said := findings(better)[0]) and "more on the splits that both have" in said
+    )
+
+
+def test_pictures_of_names_that_look_alike_are_kept_apart(tmp_path):
+    rows = [{**row, "dataset": name} for name in ("a b", "a-b") for row in changed().rows]
+    write_report(tmp_path, Results(rows, "b", {}, RESULTS.spaces))
+    assert (tmp_path / "a-b-cost.png").exists() and (tmp_path / "a-b-cost-2.png").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OptionError, match="cannot be written"):
+        write_report(tmp_path / "file", RESULTS)

@@ -117,3 +117,11 @@ def test_crps_split_of_draws_and_of_a_gaussian():
     assert np.allclose([split.total[0], split.epistemic[0]], [2 / np.sqrt(np.pi), 1 / np.sqrt(np.pi)])
     with pytest.raises(OptionError, match="choose one of variance, crps"):
         uncertainty.uncertainty(gaussian, "entropy")
+
+
+def test_draws_without_noise_and_text_are_refused_in_words():
+    bare = Samples(torch.zeros(4, 3, dtype=torch.float64))
+    with pytest.raises(OptionError, match="samples with noise"):
+        uncertainty.uncertainty(bare, "crps")
+    with pytest.raises(DataError, match="inside must hold numbers"):
+        selective.auroc(["high"], [1.0])

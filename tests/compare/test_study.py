@@ -3,13 +3,17 @@
 import importlib.util
 import json
 import math
+import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import sparse
 from sklearn.linear_model import BayesianRidge, LogisticRegression
 
 import fspace
@@ -113,6 +117,7 @@ def test_functions_are_kept_of_a_problem_with_probes():
         (made.NotFinite(), "diverged", "not finite at 1 of 8"),
         (made.SaysSo(), "diverged", "infinite in step 7"),
         (made.Silent(), "failed", "says nothing about its uncertainty"),
+        (made.Leaves(), "failed", "SystemExit"),
     ],
 )
 def test_a_method_that_goes_wrong_is_reported(estimator, status, words):
@@ -136,6 +141,16 @@ def test_the_budget_ends_a_fit():
     assert 0.2 < row["fit_seconds"] < 10
     row = one(made.Slow(keep=False), budget=Budget(0.3))
     assert row["status"] == "failed" and "did not end within 0.3 s" in row["reason"] and row["scores"] == {}
+
+
+def test_the_budget_does_not_cut_through_an_import(tmp_path, monkeypatch):
+    """Half a module would stay behind, and every later fit in this process fail."""
+    (tmp_path / "slow_to_import.py").write_text("import time\ntime.sleep(0.6)\nWHOLE = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "slow_to_import", raising=False)
+    row = one(made.Imports(), budget=Budget(0.2))
+    assert row["status"] == "stopped" and sys.modules.pop("slow_to_import").WHOLE
+    assert "ended the fit; with what had to follow it took" in row["reason"]
 
 
 def test_the_budget_holds_where_ctrl_c_is_ignored():
@@ -162,6 +177,44 @@ def test_a_process_that_dies_takes_no_other_cell_with_it(tmp_path):
     ]
     alone = Study([TABLE], {"a": made.Noisy(), "b": made.Noisy(spread=2.0)}, splits=1).run()
     assert scores(alone) == [s for s in scores(results) if s[2] != "dies"]
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_study_that_is_killed(tmp_path):
+    """They would wait for ever, in the memory of a process each."""
+    script = tmp_path / "killed.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = [{str(HERE)!r}, {str(HERE.parents[1])!r}]\n"
+        "import study_estimators as made\n"
+        "from fspace.compare import Budget, InBetween, Study\n"
+        "if __name__ == '__main__':\n"
+        f"    methods = {{'a': made.Tells({str(tmp_path / 'a')!r}), 'b': made.Tells({str(tmp_path / 'b')!r})}}\n"
+        "    Study([InBetween(1)], methods, budget=Budget(60)).run(jobs=2)\n"
+    )
+    files = [tmp_path / "a", tmp_path / "b"]
+    with subprocess.Popen([sys.executable, str(script)]) as running:
+        try:
+            assert _within(60, lambda: all(file.exists() and file.read_text() for file in files))
+        finally:
+            running.kill()
+    workers = [int(file.read_text()) for file in files]
+    assert running.pid not in workers
+    assert _within(20, lambda: not any(_lives(pid) for pid in workers))
+
+
+def _within(seconds, true):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not true():
+        time.sleep(0.1)
+    return true()
+
+
+def _lives(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0]
 
 
 @pytest.mark.slow
@@ -223,9 +276,26 @@ def test_a_line_cut_off_is_dropped_and_another_file_is_refused(tmp_path):
     whole = path.read_text()
     path.write_text(whole[:-20])
     assert len(Journal(path).rows) == 1 and path.read_text() == whole.splitlines()[0] + "\n"
-    path.write_text("a,b\n1,2\n")
-    with pytest.raises(DataError, match="line 1"):
-        Journal(path)
+    for other in (
+        b"a,b\n1,2\n",
+        b'{"key": "a", "row": {}}\n' * 2,
+        b'{"key": "a", "row": 3}\n' * 2,
+        b"\xff\xfe\n" * 3,
+    ):
+        path.write_bytes(other)
+        with pytest.raises(DataError, match="line 1"):
+            Journal(path)
+    path.write_text(whole.replace("\n", "\n\n"))  # as an editor may leave it
+    assert len(Journal(path).rows) == 2
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_fit(tmp_path):
+    calls, file = tmp_path / "calls", tmp_path / "file"
+    file.write_text("")
+    for folder in (file, file / "below"):
+        with pytest.raises(DataError, match="cannot be kept"):
+            Study([TABLE], {"a": made.Noisy(calls=str(calls))}, folder=folder).run()
+    assert not calls.exists()
 
 
 def test_failed_cells_are_tried_again(tmp_path):
@@ -290,6 +360,18 @@ def test_encoding_is_learned_from_the_training_rows():
         Table("frame", frame, Y)
 
 
+def test_categories_of_polars_and_of_other_rows_are_encoded():
+    polars = pytest.importorskip("polars")
+    kind = np.where(X[:, 1] > 0, "up", "down")
+    for frame in (
+        pd.DataFrame({"a": X[:, 0], "kind": pd.Categorical(kind)}),
+        polars.DataFrame({"a": X[:, 0], "kind": polars.Series(kind.tolist(), dtype=polars.Categorical)}),
+    ):
+        problem = Table("frame", frame, Y, outside=frame[:5]).problem(0)
+        assert problem.x_train.shape == (32, 2) and problem.outside.shape == (5, 2)
+        assert set(problem.x_train[:, 1]) == {0.0, 1.0}
+
+
 def test_digits_hold_out_classes_and_mnist_is_shrunk_alike():
     problem = digits().problem(0)
     assert set(problem.y_train.tolist()) == set(range(8)) and len(problem.outside) == 174 + 180
@@ -313,18 +395,43 @@ def test_a_sample_in_between_has_nothing_in_between():
         (lambda: Study([TABLE], {"a": made.Noisy()}, splits=0), "splits=0"),
         (lambda: Study([TABLE], {"a": made.Noisy()}).run(engine="spark"), "process, ray"),
         (lambda: Study([TABLE], {"a": made.Noisy()}).run(jobs=0), "jobs=0"),
-        (lambda: Budget(0.0), "must be positive"),
+        (lambda: Budget(0.0), "positive number"),
+        (lambda: Budget(math.nan), "seconds=nan"),
+        (lambda: Budget(math.inf), "seconds=inf"),
+        (lambda: Budget(True), "seconds=True"),
         (lambda: Budget(1.0, trials=0), "trials=0"),
         (lambda: Uci("yatch"), "yacht"),
         (lambda: TABLE.problem(2), "splits 0 to 1"),
         (lambda: Table("t", X, LABELS), "classification"),
-        (lambda: Table("t", X, Y[:3]), "one value for each row"),
-        (lambda: Table("t", X, ["a"] + ["b"] * 39, "classification"), "one row only"),
+        (lambda: Table("t", X, Y[:3]), "40 rows, y has 3"),
+        (lambda: Table("t", X, ["a"] + ["b"] * 39, "classification"), "'a' has one row only"),
+        (lambda: Table("t", X, np.where(Y > 0, 1.0, np.nan), "classification"), "NaN or missing in row"),
+        (lambda: Table("t", X, [None, *LABELS[1:]], "classification"), "missing in row 0"),
+        (lambda: Table("t", X, np.array([1, *LABELS[1:]], dtype=object), "classification"), "mixes labels"),
+        (lambda: Table("t", X, np.zeros(40, dtype=int), "classification"), "one class only"),
+        (lambda: Table("t", X, np.where(Y == Y[3], np.nan, Y)), "Row 3"),
+        (lambda: Table("t", sparse.csr_matrix(X), Y), "Sparse"),
+        (lambda: Table("t", None, Y), "array"),
+        (lambda: Table("t", X, Y, outside=X[:, :2]), "2 features"),
+        (lambda: Table("t", X, Y, outside=np.full_like(X, np.nan)), "NaN"),
+        (lambda: Table("t", X, Y, seed=2**32 - 1), "below 2"),
+        (lambda: InBetween(0), "splits=0"),
+        (lambda: InBetween(rows=1), "rows=1"),
+        (lambda: Study([TABLE], {"a": made.Noisy}), "an instance, not a class"),
+        (lambda: Study([TABLE], {"a": 3}), "no estimator"),
     ],
 )  # fmt: skip
 def test_what_is_refused(make, words):
     with pytest.raises((OptionError, DataError), match=words):
         make()
+
+
+@pytest.mark.parametrize(
+    "items, what", [(TABLE, "Table"), ([(X, Y)], "tuple"), ("gp", "str"), ([made.Noisy()], "Noisy")]
+)
+def test_what_is_no_sequence_of_its_kind_is_refused(items, what):
+    with pytest.raises(OptionError, match=f"a sequence of Datasets; got a {what}. Pass this"):
+        study._all_of(Dataset, items, "datasets", "this")
 
 
 def test_distances_to_a_reference_method_split_by_split():

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fspace.errors import NumericalError
 from fspace.inference.weights.layer_calls import Call
 from fspace.inference.weights.network import Layer, Network
 from fspace.inference.weights.problem import Problem
@@ -57,13 +58,25 @@ def jacobian(network: Network, w: Float[Tensor, " p"], x: Tensor, region: Region
     return torch.func.vmap(of_row)(x).double()
 
 
+def _eigen(matrix: Float[Tensor, "*k o o"]) -> tuple[Float[Tensor, "*k o"], Float[Tensor, "*k o o"]]:
+    """Eigenvalues and vectors. Raises NumericalError for a matrix that is not finite."""
+    if not bool(matrix.isfinite().all()):
+        raise NumericalError(
+            "The curvature at the trained weights is not finite: weights, noise or prior scales have overflowed. Take "
+            "a smaller learning_rate, prior and noise_variance nearer to those of standardised x and y, or "
+            "dtype='float64'."
+        )
+    values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors
+
+
 def roots(problem: Problem, theta: Float[Tensor, " q"], x: Tensor) -> Float[Tensor, "n o o"]:
     """L_n with L_n L_n' = Lambda_n, by eigenvalues: that of classes is singular."""
     w, tail = problem.split(theta)
     f = problem.network(w, x).double()
     curvature = problem.likelihood.curvature(f, tail.double())
     assert curvature is not None
-    values, vectors = torch.linalg.eigh(curvature)
+    values, vectors = _eigen(curvature)
     return vectors * values.clamp(min=0.0).sqrt()[..., None, :]
 
 
@@ -89,13 +102,13 @@ def full(
     count = len(rows) * problem.likelihood.outputs
     if count < region.size:
         b = torch.cat(list(rooted_jacobians(problem, theta, region, rows)))
-        values, vectors = torch.linalg.eigh(b @ b.mT)
+        values, vectors = _eigen(b @ b.mT)
         keep = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
         return values[keep], (b.mT @ vectors[:, keep] / values[keep].sqrt()).contiguous()
     h = problem.scales.new_zeros(region.size, region.size)
     for b in rooted_jacobians(problem, theta, region, rows):
         h += b.mT @ b
-    values, vectors = torch.linalg.eigh(h)
+    values, vectors = _eigen(h)
     return values.clamp(min=0.0), vectors.contiguous()  # of a file they come back so, to the last bit
 
 
@@ -136,8 +149,8 @@ def kronecker(problem: Problem, theta: Float[Tensor, " q"], layers: list[Layer])
         column = scale.expand(inner[k].shape[0]).clone()
         if layer.bias is not None:
             column[-1] = problem.scales[layer.bias[0]]
-        a = torch.linalg.eigh(inner[k] * column[:, None] * column)
-        g = torch.linalg.eigh(outer[k] / (problem.n * positions[k]))
+        a = _eigen(inner[k] * column[:, None] * column)
+        g = _eigen(outer[k] / (problem.n * positions[k]))
         factors.append(
             Factors(a[0].clamp(min=0.0), a[1].contiguous(), g[0].clamp(min=0.0), g[1].contiguous())
         )

@@ -50,16 +50,19 @@ class Dropout:
         rate = self.rate
         if not self.decay >= 0:
             raise OptionError(f"decay={self.decay!r} must be at least 0.")
-        if rate is None:
-            rate = _best_rate(problem, self.decay) if problem.n >= LEAST_HELD_OUT else FEW_ROWS_RATE
-        problem.report.figures["rate"] = rate
+        known = None
+        if rate is None and problem.n >= LEAST_HELD_OUT:
+            rate, known = _best_rate(problem, self.decay)
+        rate = problem.report.figures["rate"] = FEW_ROWS_RATE if rate is None else rate
+        if known is not None and problem.report.interrupted:  # it has learned from most of the rows
+            return _dropped(problem, known, rate), problem.likelihood
         rates = torch.tensor([rate], device=problem.x.device)
         found = train(problem, problem.start(1), _dropping(problem, rates, self.decay), "dropout")
         return _dropped(problem, found.theta[0], rate), problem.likelihood
 
 
-def _best_rate(problem: Problem, decay: float) -> float:
-    """The rate under which rows that were not learned from are most probable."""
+def _best_rate(problem: Problem, decay: float) -> tuple[float, Float[Tensor, " q"]]:
+    """The rate under which rows that were not learned from are most probable, and the state learned with it."""
     held_out = held_out_rows(problem, 1, 0.2)
     kept = ~held_out
     rates = torch.tensor(RATES, device=problem.x.device)
@@ -73,7 +76,8 @@ def _best_rate(problem: Problem, decay: float) -> float:
             density = problem.log_likelihood(states, problem.x[rows], problem.y[rows])
             scores.append(torch.logsumexp(density, 0).mean().item() - math.log(JUDGED_BY))
     problem.report.figures["held_out_scores"] = dict(zip(map(str, RATES), scores))
-    return RATES[max(range(len(RATES)), key=lambda k: scores[k])]
+    best = max(range(len(RATES)), key=lambda k: scores[k])
+    return RATES[best], found.theta[best]
 
 
 def _dropped(problem: Problem, theta: Float[Tensor, " q"], rate: float) -> Dropped:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fspace.errors import OptionError
+from fspace.errors import NumericalError, OptionError
 from fspace.inference.numerics import seeded
 from fspace.inference.weights.chains import watch
 from fspace.inference.weights.distributions import Points
@@ -62,6 +62,12 @@ class NUTS:
 
         def energy(parameters: dict[str, Tensor]) -> Tensor:
             return space.energy(parameters["u"][None], everything)[0] / problem.temperature
+
+        if not all(bool(energy({"u": start}).isfinite()) for start in starts):
+            raise NumericalError(
+                "inference='nuts': the log density is not finite where the chains start. Take prior, noise_variance "
+                "and temperature nearer to 1 (in units of standardised x and y), or dtype='float64'."
+            )
 
         def after(kernel: Any, parameters: dict[str, Tensor], stage: str, step: int) -> None:
             nonlocal done

@@ -54,7 +54,12 @@ def named_prior(prior: Any) -> GaussianPrior:
     if isinstance(prior, str) and prior == "scaled":
         return GaussianPrior()
     if isinstance(prior, int | float) and not isinstance(prior, bool) and 0 < prior < math.inf:
-        return GaussianPrior(float(prior) ** 2, float(prior) ** 2, scaled=False)
+        variance = float(prior) * float(prior)
+        if not 0 < variance < math.inf:
+            raise OptionError(
+                f"prior={prior!r} is the standard deviation of every weight; its square must be a positive float64."
+            )
+        return GaussianPrior(variance, variance, scaled=False)
     raise OptionError(
         f"prior={prior!r} does not exist; choose 'scaled' (variance 2 / fan-in, biases 1), a positive number (the "
         "standard deviation of every weight), or GaussianPrior(weight_variance, bias_variance)."

@@ -57,7 +57,7 @@ class _Chains:
     def sample(self, problem: Problem) -> Points:
         """The kept states of all chains."""
         start = settled(problem, self.chains, self.name)
-        if problem.report.interrupted:
+        if problem.report.interrupted or problem.report.diverged:
             return Points(start)
         space = preconditioned(problem, start[0])
         everything = torch.arange(problem.n, device=problem.x.device)

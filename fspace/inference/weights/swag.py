@@ -54,13 +54,14 @@ class SWAG:
     def fit(self, problem: Problem) -> tuple[LowRankPaths, NetworkLikelihood]:
         """A Gaussian from each path."""
         start = settled(problem, self.starts, self.name)
+        over = problem.report.interrupted or problem.report.diverged
         space = Whitened(problem, torch.ones_like(problem.prior_scales))
         u = space.coordinates(start)
-        step = self.step_size or self._step(space, u[0])
+        step = self.step_size or (0.0 if over else self._step(space, u[0]))
         generator = problem.generator(13)
         states: list[Tensor] = []
         warmup = self.collect * self.every // 4
-        total = 0 if problem.report.interrupted else warmup + self.collect * self.every
+        total = 0 if over else warmup + self.collect * self.every
         try:
             for k in range(total):
                 rows = torch.randint(

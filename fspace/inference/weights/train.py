@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fspace.errors import DivergedWarning
+from fspace.errors import DivergedWarning, NumericalError
 from fspace.inference.weights.problem import Problem
 
 CHECKS = 40  # looks at the state in a run
@@ -60,7 +60,7 @@ def train(
     """Adam with a one-cycle step size on the sum of the states' losses, so that none touches another.
 
     With held-out rows every state ends at the look where these were most probable. A state or loss that is not finite
-    ends the run: all states go back to the last look at which everything was finite, a DivergedWarning says so, and
+    ends the run: all states go back to the last look whose own loss was finite too, a DivergedWarning says so, and
     `problem.report.diverged` has the step. Ctrl-C keeps the best so far, as well.
     """
     generator = problem.generator(stream)
@@ -70,11 +70,11 @@ def train(
     optimiser = torch.optim.Adam([theta], lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=max(steps, 2))
     between = max(1, steps // CHECKS)
-    finite = start.clone()
+    finite = waiting = start.clone()  # the loss of a look's state is known only in the step after it
     best, scores = start.clone(), start.new_full((len(start),), -torch.inf)
     bad = torch.zeros((), dtype=torch.bool, device=start.device)
     batches = _Batches(problem.n, problem.batch_size, generator, start.device)
-    done = True
+    done, lost, step = True, False, 0
     try:
         for step in range(steps):
             rows = batches.next()
@@ -88,9 +88,9 @@ def train(
                 with torch.no_grad():
                     if bool(bad) or not bool(theta.isfinite().all()):
                         diverged(problem, stage, step + 1)
-                        done = False
+                        lost = True
                         break
-                    finite = theta.detach().clone()
+                    finite, waiting = waiting, theta.detach().clone()
                     told = {"stage": stage, "loss": losses.mean().item(), "done": step + 1, "total": steps}
                     if held_out is not None:
                         now = held_out_scores(problem, theta, held_out)
@@ -103,9 +103,26 @@ def train(
         problem.record(stage=stage, interrupted=True)
         problem.report.interrupted = stage
         done = False
+    except NumericalError:  # a loss that factorises what has overflowed
+        diverged(problem, stage, step + 1)
+        lost = True
+    if not lost and _has_loss(loss, waiting, batches.next(), steps):
+        finite = waiting
+    elif not lost:
+        diverged(problem, stage, steps)
+        lost = True
+    done = done and not lost
     if held_out is None:
         return Trained(finite, torch.full_like(scores, torch.nan), done)
     return Trained(torch.where(scores.isfinite()[:, None], best, finite), scores, done)
+
+
+def _has_loss(loss: Loss, theta: Float[Tensor, "s q"], rows: Tensor, steps: int) -> bool:
+    """Whether the losses of states are finite."""
+    try:
+        return bool(loss(theta, rows, torch.tensor(steps - 1)).isfinite().all())
+    except NumericalError:
+        return False
 
 
 def diverged(problem: Problem, stage: str, step: int) -> None:
@@ -113,7 +130,8 @@ def diverged(problem: Problem, stage: str, step: int) -> None:
     problem.report.diverged = {"stage": stage, "step": step}
     warnings.warn(
         f"{stage}: the state stopped being finite by step {step}; the fit has diverged, and the last finite state is "
-        "kept (diverged_ says where). Take a smaller learning_rate, or a tighter prior.",
+        "kept (diverged_ says where). Take a smaller learning_rate; prior and noise_variance far from those of "
+        "standardised x and y (1e-10, say) overflow as well.",
         DivergedWarning,
         stacklevel=2,
     )

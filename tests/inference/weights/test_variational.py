@@ -1,10 +1,13 @@
 """Mean-field inference and dropout against what is known of them."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fspace.errors import OptionError
-from fspace.inference.weights import MAP, MFVI, Dropout, Ensemble
+from fspace.inference.weights import MAP, MFVI, Dropout, Ensemble, GaussianPrior
 from fspace.inference.weights.mfvi import drawn_outputs
 from fspace.inference.weights.problem import Training
 from fspace.kernels import CausalConv, ConvNet
@@ -36,6 +39,36 @@ def test_the_bound_is_below_the_evidence_and_near_it_where_inputs_do_not_correla
     bound = case.problem.report.figures["elbo"]
     # 32 draws of the log likelihood, whose deviation is that of half a chi-square of 4: sqrt(2)
     assert exact - bound > -5 * (2 / 32) ** 0.5 and exact - bound < 5 * (2 / 32) ** 0.5
+
+
+def tuned_by_hand(case, noise):
+    """Mean, variances, factor and bound of the best independent Gaussian and the best factor on its prior, in turns."""
+    design, y, prior = case.design, case.problem.y[:, 0], case.problem.scales.square()
+    gram, factor = design.mT @ design / noise, 1.0
+    for _ in range(500):
+        precision = gram + torch.diag(1.0 / (factor * prior))
+        mean = torch.linalg.solve(precision, design.mT @ y / noise)
+        variance = 1.0 / precision.diagonal()
+        factor = ((mean.square() + variance) / prior).mean().item()
+    misfit = (y - design @ mean).square().sum() + (variance * design.square().sum(0)).sum()
+    likelihood = -0.5 * len(y) * math.log(2 * math.pi * noise) - 0.5 * misfit / noise
+    divergence = 0.5 * (math.log(factor) * len(mean) - (variance / prior).log().sum())
+    return mean, variance, factor, (likelihood - divergence).item()
+
+
+def test_a_tuned_prior_has_the_factor_of_the_best_bound(linear):
+    """The prior is too small: untuned, the mean is pulled to zero; tuned, the factor makes up for it."""
+    case = linear(prior=GaussianPrior(0.05, 0.05), training=replace(LONG, epochs=1500))
+    mean, variance, factor, bound = tuned_by_hand(case, 0.3)
+    assert factor > 5
+    q, _ = MFVI(tune=True).fit(case.problem)
+    assert ((q.mean - mean).abs() < 0.15 * variance.sqrt()).all()
+    torch.testing.assert_close(q.scale.square(), variance, rtol=0.1, atol=0)
+    found = case.problem.report.figures["elbo"]
+    assert abs(found - bound) < 5 * (2 / 32) ** 0.5  # as above, of 32 draws
+    plain, _ = MFVI(tune=False).fit(replace(case.problem, training=replace(LONG, epochs=300)))  # the twin
+    assert ((plain.mean - mean).abs() > 0.15 * variance.sqrt()).any()
+    assert case.problem.report.figures["elbo"] < bound - 5 * (2 / 32) ** 0.5
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv", "sequence"])
