@@ -1,5 +1,4 @@
-"""A posterior that is known from functions drawn from it, as of a network, as a BoTorch model: each draw is one function.
-"""
+"""A posterior that is known from functions drawn from it, as of a network, as a BoTorch model: each draw is one function."""
 
 from __future__ import annotations
 
@@ -73,7 +72,9 @@ class DrawnFunctions(Posterior):  # type: ignore[misc]
         pick = (level * s).long().clamp(max=s - 1)[..., None, None]
         samples = torch.take_along_dim(self.values, pick, 0)
         if self.noise is not None:
-            white = base_samples[..., 1:].reshape(-1, *base_samples.shape[-1 - dims : -1], *samples.shape[-2:])
+            white = base_samples[..., 1:].reshape(
+                -1, *base_samples.shape[-1 - dims : -1], *samples.shape[-2:]
+            )
             samples = samples + torch.take_along_dim(self.noise, pick, 0).sqrt() * white
         return samples.reshape(*sample_shape, *self.values.shape[1:])
 

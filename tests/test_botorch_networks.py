@@ -147,9 +147,7 @@ def test_the_linear_network_is_conditioned_as_its_gp(linear):
     theirs.posterior(at)  # BoTorch conditions what it has cached
     want = theirs.condition_on_observations(new, seen, noise=torch.full((4, 1), 0.1).double()).posterior(at)
     assert torch.allclose(got.mean, want.mean, atol=1e-5)
-    assert torch.allclose(
-        got.distribution.covariance_matrix, want.distribution.covariance_matrix, atol=1e-5
-    )
+    assert torch.allclose(got.distribution.covariance_matrix, want.distribution.covariance_matrix, atol=1e-5)
     assert not torch.allclose(got.mean, theirs.posterior(at).mean, atol=1e-2)
     gradient = qKnowledgeGradient(ours.as_botorch(), num_fantasies=2)
     point = inputs(3, 2).reshape(1, 3, 2).requires_grad_()
@@ -160,7 +158,9 @@ def test_the_linear_network_is_conditioned_as_its_gp(linear):
 # ---- every method
 
 
-@pytest.mark.parametrize("name", [*GAUSSIAN, *DRAWN, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
+@pytest.mark.parametrize(
+    "name", [*GAUSSIAN, *DRAWN, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)]
+)
 def test_batches_and_joint_samples(name):
     posterior = fitted(name)
     model, batch = posterior.as_botorch(), inputs(24, 3).reshape(2, 4, 3, 2)

@@ -211,7 +211,7 @@ class LinearisedPosterior(NetworkPosterior):
         return Gaussian(mean, variance, covariance, aleatoric, self.num_outputs)
 
     def as_botorch(self) -> Any:
-        """A BoTorch Model of the joint Gaussians, which can be conditioned: the linearised network is a linear model."""
+        """A BoTorch Model of the joint Gaussians, which can be conditioned: the network is linear in its weights."""
         return FunctionPosterior.as_botorch(self)
 
     _moves: Tensor | None = None
