@@ -1,4 +1,4 @@
-"""A posterior that is known from functions drawn from it, as of a network, as a BoTorch model: each draw is one function."""
+"""A posterior that is known from functions drawn from it, as of a network, as a BoTorch model."""
 
 from __future__ import annotations
 

@@ -27,7 +27,8 @@ def named_model(name: str, seed: int = 0) -> Any:
             f"model={name!r} does not exist; choose one of {', '.join((*KERNELS, 'hmc', *METHODS))}, or pass an "
             "estimator."
         )
-    hidden, method = (32, 32), METHODS[name]() if name in METHODS else None
+    hidden: tuple[int, ...] = (32, 32)
+    method: Any = METHODS[name]() if name in METHODS else None
     if name in ("hmc", "nuts"):
         hidden, method = (16,), NUTS(samples=64, chains=1, warmup=64, max_tree_depth=5)
     if name == "ensemble":

@@ -378,7 +378,7 @@ def test_an_estimator_is_the_model():
     assert not hasattr(model, "posterior_")
 
 
-NETWORKS = ("ensemble", "laplace", "functional_laplace", "hmc", "mfvi", "swag", "sghmc")
+NETWORKS = ("ensemble", "laplace", "functional_laplace", "hmc", "swag")
 
 
 @pytest.mark.parametrize(
