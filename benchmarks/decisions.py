@@ -3,8 +3,9 @@
     python benchmarks/decisions.py                    everything that is not in the results yet
     python benchmarks/decisions.py --parts wheel --seeds 3
 
-One seed of all of optimisation takes about TIME minutes of one core. Every run (part, case, method, seed) is written to benchmarks/results/decisions.jsonl when it is done; what is there is
-not run again. Peers stand in the same run: BoTorch's SingleTaskGP with qLogEI by its own recipe, Sobol points, LinUCB,
+Every run (part, case, method, seed) is written to benchmarks/results/decisions.jsonl when it is done; what is there is
+not run again. One seed of all of optimisation takes about 12 minutes of one core, three of them deep kernels.
+Peers stand in the same run: BoTorch's SingleTaskGP with qLogEI by its own recipe, Sobol points, LinUCB,
 NeuralLinear, uniform arms, random and margin labels.
 """
 
