@@ -141,7 +141,7 @@ class LatentOptimizer:
 
     def latents(self, objects: Float[Tensor, "n *row"]) -> Float[Tensor, "n l"]:
         """Where the encoder puts objects, in float64. Raises NotFittedError before the first training."""
-        return self.model.latent_means(objects.numpy()).double()
+        return self.model.encode(objects.numpy()).mean.double()
 
     def decode(self, z: Float[Tensor, "n l"]) -> Float[Tensor, "n *row"]:
         """Mean objects at latents."""
