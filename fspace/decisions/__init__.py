@@ -23,6 +23,7 @@ _WHERE = {
     "optimisation": ("Optimizer", "optimize"),
     "latent": ("LatentOptimizer", "optimize_latent"),
     "control": ("ControlRun", "Pendulum", "learn_to_control"),
+    "gym_tasks": ("GymCartPole", "GymPendulum"),
 }  # fmt: skip
 _FILE = {name: file for file, names in _WHERE.items() for name in names}
 __all__ = sorted(_FILE)
