@@ -14,8 +14,8 @@ EVALUATIONS = {
     "hartmann6": 40,
     "ackley10": 40,
     "noisy branin": 25,
-    "ackley20": 60,
-    "constrained gramacy": 25,
+    "ackley20": 55,
+    "constrained gramacy": 20,
     "mixed ackley10": 40,
 }
 NOISE = 5.0  # of the noisy Branin, whose values are between 0.4 and 300

@@ -54,8 +54,9 @@ figure = plt.figure(figsize=(9, 5.2), layout="constrained")
 grid = figure.add_gridspec(2, len(found) + 1, height_ratios=(2.2, 1))
 ax = figure.add_subplot(grid[0, :])
 for name, values in runs.items():
-    ax.plot(np.arange(1, 41), np.maximum.accumulate(values.numpy()), label=name, drawstyle="steps-post")
-ax.axhline(best["best of all digits"], color="0.5", ls="--", label="best of all 1797 digits")
+    line = "--" if "plain" in name else "-"
+    ax.plot(np.arange(1, 41), np.maximum.accumulate(values.numpy()), line, label=name, drawstyle="steps-post")
+ax.axhline(best["best of all digits"], color="0.5", ls=":", label="best of all 1797 digits")
 ax.axvline(15, color="0.85", zorder=0)
 ax.set(xlabel="images measured (the first 15 are digits)", ylabel="best correlation with the letter")
 ax.legend(loc="lower right", fontsize=8)
