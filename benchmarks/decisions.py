@@ -88,7 +88,8 @@ def _ask_and_tell(
         seed=seed,
         **{"acquisition": "qLogEI", **options},
     )
-    x, y = [], []
+    x: list[list[float]] = []
+    y: list[list[float]] = []
     while len(x) < n:
         for configuration in optimizer.ask(1 if len(x) < initial else min(batch, n - len(x))):
             x.append([float(configuration[f"x{i}"]) for i in range(task.d)])

@@ -124,7 +124,7 @@ def botorch_recipe(
         options: dict[str, Any] = {}
         if len(models) > 1:
             options = {
-                "objective": GenericMCObjective(lambda samples, X=None: samples[..., 0]),
+                "objective": GenericMCObjective(_first),
                 "constraints": [lambda samples, k=k: -samples[..., k] for k in range(1, y.shape[1])],
             }
         gain = qLogExpectedImprovement(
@@ -144,3 +144,7 @@ def botorch_recipe(
         x = torch.cat([x, new])
         y = torch.cat([y, torch.tensor([sign(observe(new[0].tolist()))], dtype=torch.float64)])
     return x, y
+
+
+def _first(samples: Tensor, X: Tensor | None = None) -> Tensor:
+    return samples[..., 0]

@@ -206,7 +206,8 @@ class LatentOptimizer:
                 options={"batch_limit": RESTARTS, "maxiter": 50},
                 retry_on_optimization_warning=False,
             )
-        return self.decode(found if value > values.max() else first[0])
+        better = value is not None and bool(value > values.max())
+        return self.decode(found if better else first[0])
 
     def _starts(self, box: Float[Tensor, "2 l"], told: Tensor, seed: int) -> Float[Tensor, "m l"]:
         """Latents of the pool, steps from the best five that were told, and points of the box."""
