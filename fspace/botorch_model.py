@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.quasirandom import SobolEngine
 
+from fspace.botorch_draws import DrawnModel
 from fspace.botorch_moments import Member, Moments, conditioned, moments_of, picked, seen
 from fspace.errors import DataError, OptionError
 from fspace.inference.numerics import MAX_JITTER, MIN_JITTER
@@ -227,8 +228,13 @@ def botorch_model(posterior: FunctionPosterior) -> FunctionModel:
         weights,
         range(posterior.num_outputs),
         posterior.batch_shape,
-        posterior,
+        posterior if all(_takes_observations(source) for source in sources) else None,
     )
+
+
+def _takes_observations(posterior: FunctionPosterior) -> bool:
+    """Whether it has a way of its own; linearised networks are conditioned as the Gaussians that they are."""
+    return type(posterior).condition is not FunctionPosterior.condition
 
 
 def _gpytorch_posterior(moments: Moments, observation_noise: bool | Tensor) -> GPyTorchPosterior:
@@ -276,17 +282,20 @@ _FROM_MOMENTS = (
 
 
 def _refuse_analytic_functions(module: Any, name: str, submodule: Any) -> None:
-    """A mixture's mean and variance would silently be taken for a Gaussian's; called when a function gets its model."""
-    if (
-        isinstance(submodule, FunctionModel)
-        and submodule.is_mixture
-        and isinstance(module, analytic.AnalyticAcquisitionFunction)
-        and not isinstance(module, _FROM_MOMENTS)
-    ):
+    """Mean and variance of another distribution would silently be taken for a Gaussian's; called when a function gets
+    its model."""
+    if not isinstance(module, analytic.AnalyticAcquisitionFunction) or isinstance(module, _FROM_MOMENTS):
+        return
+    what, instead = "", ""
+    if isinstance(submodule, FunctionModel) and submodule.is_mixture:
+        what = f"a mixture of {len(submodule._members)}"
+        instead = ", or one member: posterior.members[0].as_botorch()"
+    if isinstance(submodule, DrawnModel):
+        what = "of drawn functions"
+    if what:
         raise OptionError(
-            f"{type(module).__name__} is a formula for Gaussians, and this posterior is a mixture of "
-            f"{len(submodule._members)}. Use a Monte Carlo acquisition function (qLogExpectedImprovement, "
-            "qLogNoisyExpectedImprovement, ...), or one member: posterior.members[0].as_botorch()."
+            f"{type(module).__name__} is a formula for Gaussians, and this posterior is {what}. Use a Monte Carlo "
+            f"acquisition function (qLogExpectedImprovement, qLogNoisyExpectedImprovement, ...){instead}."
         )
 
 

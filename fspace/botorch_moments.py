@@ -62,12 +62,15 @@ Member = Callable[[Tensor], Moments]  # moments at X [..., n, d]
 def moments_of(posterior: FunctionPosterior) -> Member:
     """Moments of a posterior whose predictives are Gaussian; the member raises OptionError for another kind."""
 
+    observed = getattr(posterior, "observed_batches", posterior.observed)
+
     def member(x: Tensor) -> Moments:
-        joint = posterior.observed(x)
+        joint = observed(x)
         if not isinstance(joint, Gaussian):
             raise OptionError(
                 f"{type(posterior).__name__} predicts {type(joint).__name__}, and a BoTorch model needs Gaussians: "
-                "use a GP posterior, or a MixturePosterior of them."
+                "use a GP posterior, a MixturePosterior of them, or, where latent(x) is Samples, "
+                "fspace.botorch_draws.DrawnModel(posterior)."
             )
         if isinstance(joint, Coregionalised):
             mixing, s = joint.mixing, len(joint.mixing)

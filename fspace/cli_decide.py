@@ -73,6 +73,9 @@ def propose(
         list[str] | None, typer.Option(help="COLUMN=minimize or COLUMN=maximize; several for a front.")
     ] = None,
     count: Annotated[int, typer.Option(help="Experiments to propose.")] = 1,
+    model: Annotated[
+        str, typer.Option(help="matern, rbf, neural or deep (GPs); ensemble, laplace, hmc, ... (networks).")
+    ] = "matern",
     acquisition: Annotated[
         str, typer.Option(help="auto, qLogNEI, qLogEI, qUCB, qLogNEHVI or thompson.")
     ] = "auto",
@@ -82,4 +85,6 @@ def propose(
     """Propose the next experiments: ask and tell through a CSV. Rows without results are pending."""
     from fspace.decisions import terminal
 
-    typer.echo(terminal.propose(experiments, space, goal or [], count, out, acquisition, seed, overwrite))
+    typer.echo(
+        terminal.propose(experiments, space, goal or [], count, out, model, acquisition, seed, overwrite)
+    )

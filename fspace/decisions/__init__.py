@@ -19,8 +19,11 @@ _WHERE = {
     "neural_linear": ("NeuralLinear",),
     "off_policy": ("PolicyValue", "off_policy_value"),
     "space": ("Space",),
+    "models": ("named_model",),
     "optimisation": ("Optimizer", "optimize"),
+    "latent": ("LatentOptimizer", "optimize_latent"),
     "control": ("ControlRun", "Pendulum", "learn_to_control"),
+    "gym_tasks": ("GymCartPole", "GymPendulum"),
 }  # fmt: skip
 _FILE = {name: file for file, names in _WHERE.items() for name in names}
 __all__ = sorted(_FILE)

@@ -3,6 +3,7 @@ from it.
 
 Posterior sampling (PSRL) draws one function for an episode and acts as if it were the truth, which explores where the
 dynamics are not known; a planner on the mean does not. Plans come from the cross-entropy method.
+gymnasium's environments as tasks are in `fspace.decisions.gym_tasks`.
 Sources: Osband, Russo and Van Roy (2013), PSRL; Rubinstein and Kroese (2004); Deisenroth and Rasmussen (2011), the
 pendulum as a task for GPs.
 """
@@ -16,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fspace.errors import OptionError
@@ -45,6 +46,10 @@ class Task(Protocol):
 
     def reward(self, states: Float[Tensor, "n s"], actions: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Reward of an action in a state."""
+        ...
+
+    def ended(self, states: Float[Tensor, "n s"]) -> Bool[Tensor, " n"]:
+        """Where an episode is over, after which there are no rewards."""
         ...
 
 
@@ -78,12 +83,17 @@ class Pendulum:
         angle = torch.remainder(states[:, 0] + math.pi, 2.0 * math.pi) - math.pi
         return -(angle.square() + 0.1 * states[:, 1].square() + 0.001 * actions.square())
 
+    def ended(self, states: Float[Tensor, "n s"]) -> Bool[Tensor, " n"]:
+        """Never: rewards are negative, and go on."""
+        return torch.zeros(len(states), dtype=torch.bool)
+
 
 @dataclass
 class ControlRun:
-    """Return of every episode, and what the last one went through."""
+    """Return and steps of every episode, and what the last one went through."""
 
     returns: list[float] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
     states: Float[np.ndarray, "t s"] | None = None
     actions: Float[np.ndarray, " t"] | None = None
 
@@ -100,8 +110,8 @@ def learn_to_control(
     """Learn to control a task from nothing: the first episode is random, the model is fitted anew after each.
 
     fit(features [n, d], changes of state [n, s]) gives a posterior over functions, or an estimator that has one.
-    planner: "psrl" (a function drawn for every episode), "mean" (the posterior mean), "random" (no model). Raises
-    OptionError.
+    planner: "psrl" (a function drawn for every episode), "mean" (the posterior mean), "random" (no model). An episode
+    is over after `steps`, or where the task says so. Raises OptionError.
     """
     if planner not in PLANNERS:
         raise OptionError(f"planner={planner!r} does not exist; choose one of {', '.join(PLANNERS)}.")
@@ -125,7 +135,10 @@ def learn_to_control(
             state = after
             states.append(state)
             actions.append(action)
+            if bool(task.ended(torch.tensor(state)[None])):
+                break
         run.returns.append(total)
+        run.steps.append(len(actions))
         run.states, run.actions = np.array(states), np.array(actions)
         if planner != "random" and episode + 1 < episodes:
             fitted = fit(np.array(inputs), np.array(changes))
@@ -159,9 +172,11 @@ def _plan(
         noise = torch.randn(plans, len(mean), generator=generator, dtype=torch.float64)
         actions = (mean + spread * noise).clamp(-task.action_limit, task.action_limit)
         states, value = torch.tensor(state).expand(plans, -1), torch.zeros(plans, dtype=torch.float64)
+        going = torch.ones(plans, dtype=torch.bool)
         for step in range(len(mean)):
-            value = value + task.reward(states, actions[:, step])
+            value = value + torch.where(going, task.reward(states, actions[:, step]), 0.0)
             states = states + dynamics(task.features(states, actions[:, step]))
+            going = going & ~task.ended(states)
         value = torch.where(value.isfinite(), value, -math.inf)
         top = value.topk(elite).indices
         mean, spread = actions[top].mean(0), actions[top].std(0) + 0.05

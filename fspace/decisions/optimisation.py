@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fspace.decisions.acquisitions import ACQUISITIONS, Constraint, acquisition, fulfilled, search, thompson
 from fspace.decisions.journal import read_state, write_state
+from fspace.decisions.models import named_model
 from fspace.decisions.space import Space, parse_constraint
 from fspace.errors import DataError, InfeasibleError, ModelFileError, OptionError
 from fspace.posterior import FunctionPosterior
@@ -43,11 +44,13 @@ class Optimizer:
 
     space: a `Space`, or settings for one. objectives: "minimize" or "maximize" (of one outcome, "y"), or {"a":
     "minimize", "b": "maximize"} for one or several. constraints: linear, on the space ("x + z <= 1") or on outcomes
-    ("heat <= 3", of an outcome that is measured too). model: an estimator of one outcome, or a function (z [n, d] in
-    the unit cube, y [n]) -> FunctionPosterior; None: a Matern GP. acquisition: "auto", or one of ACQUISITIONS. initial:
-    random configurations before the model is asked (None: twice the settings, at least 4). refit: the model is
-    fitted anew when this many times as many observations are there as at its last fit; in between it is conditioned,
-    where it can be. state: a file to go on from, written at every ask and tell. Raises OptionError, InfeasibleError.
+    ("heat <= 3", of an outcome that is measured too). model: "matern", "rbf", "neural" or "deep" (GPs), "ensemble",
+    "laplace", "hmc" or another method of networks (`named_model`); an estimator of one outcome; or a function (z [n, d]
+    in the unit cube, y [n]) -> FunctionPosterior. acquisition: "auto", or one of ACQUISITIONS. initial: random
+    configurations before the model is asked (None: twice the settings, at least 4). refit: the model is fitted anew
+    when this many times as many observations are there as at its last fit; in between it is conditioned, where it can
+    be (networks are always fitted anew). state: a file to go on from, written at every ask and tell. Raises
+    OptionError, InfeasibleError.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class Optimizer:
         space: Space | Mapping[str, Any],
         objectives: str | Mapping[str, str] = "minimize",
         constraints: Sequence[str] = (),
-        model: Any = None,
+        model: Any = "matern",
         acquisition: str = "auto",
         initial: int | None = None,
         refit: float = 1.2,
@@ -96,7 +99,8 @@ class Optimizer:
             [GOALS[self.goals.get(name, "maximize")] for name in self.outcomes]
         ).double()
         self.constraints = [self._constraint(text) for text in outcome_texts]
-        self.model, self.refit, self.seed = model, float(refit), check_seed(seed)
+        self.refit, self.seed = float(refit), check_seed(seed)
+        self.model = named_model(model, self.seed) if isinstance(model, str) else model
         self.initial = max(4, 2 * len(self.space.settings)) if initial is None else check_count(initial, 1)
         self.told: list[Tried] = []
         self.pending: list[dict[str, Any]] = []
@@ -239,16 +243,12 @@ class Optimizer:
     def _fit(self, x: Float[Tensor, "n d"], y: Float[Tensor, " n"]) -> FunctionPosterior:
         if isinstance(self.model, Callable) and not hasattr(self.model, "fit"):  # type: ignore[arg-type]
             return self.model(x, y)
-        model = self.model
-        if model is None:
-            from fspace.estimators import GPRegressor
-
-            model = GPRegressor(kernel="matern", inference="exact", progress=False)
-        if not hasattr(model, "get_params"):
+        if not hasattr(self.model, "get_params"):
             raise OptionError(
-                f"model is a {type(model).__name__}; pass an estimator, or a function of (z, y) that gives a posterior."
+                f"model is a {type(self.model).__name__}; pass a name, an estimator, or a function of (z, y) that "
+                "gives a posterior."
             )
-        return clone(model).fit(x.numpy(), y.numpy()).posterior_
+        return clone(self.model).fit(x.numpy(), y.numpy()).posterior_
 
     def _data(self) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n t"]]:
         """Encoded configurations, and outcomes with their signs."""

@@ -87,6 +87,7 @@ def propose(
     goals: Sequence[str],
     count: int,
     out: str,
+    model: str,
     acquisition: str,
     seed: int,
     overwrite: bool,
@@ -101,7 +102,7 @@ def propose(
         {"settings": described.get("settings", {}) if isinstance(described, dict) else None}
     )
     constraints = list(described.get("constraints", []))
-    optimizer = Optimizer(of_space, _goals(goals), constraints, acquisition=acquisition, seed=seed)
+    optimizer = Optimizer(of_space, _goals(goals), constraints, model, acquisition, seed=seed)
     if Path(experiments).exists():
         _tell_table(optimizer, read_table(experiments), experiments)
     optimizer._asked = len(optimizer.told) + len(optimizer.pending)

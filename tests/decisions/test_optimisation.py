@@ -376,3 +376,48 @@ def test_an_estimator_is_the_model():
     model = fspace.GPRegressor(kernel="rbf", progress=False)
     assert optimize(bowl, BOX, 10, model=model, progress=False).best.values["y"] < 0.05
     assert not hasattr(model, "posterior_")
+
+
+NETWORKS = ("ensemble", "laplace", "functional_laplace", "hmc", "swag")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "neural",
+        "ensemble",
+        "laplace",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("deep", *NETWORKS[2:])),
+    ],
+)
+def test_models_by_name_find_the_bowl(name):
+    """After 12 random values the best of the mean is in the better tenth of the square, and what is asked is new."""
+    optimizer = Optimizer(BOX, model=name, initial=12)
+    for configuration in optimizer.ask(12):
+        optimizer.tell(configuration, bowl(configuration))
+    at = optimizer.space.sample(200, 9)
+    values = torch.tensor([bowl(c) for c in optimizer.space.decode(at)])
+    best = optimizer.posteriors()["y"].latent(at).mean.argmax()
+    assert values[best] < values.sort().values[20]
+    asked = optimizer.ask(2)
+    assert torch.cdist(optimizer.space.encode(asked), optimizer._data()[0]).min() > 1e-4
+    with pytest.raises(OptionError, match="'guess' does not exist; choose one of matern"):
+        Optimizer(BOX, model="guess")
+
+
+def test_networks_under_constraints_and_with_thompson_sampling():
+    """Two outcomes by networks, which are not conditioned but fitted anew at each step."""
+    model = fspace.BNNRegressor(
+        "ensemble", hidden=(16,), epochs=300, likelihood="gaussian", batch_size=64, progress=False
+    )
+    measured = lambda c: {"y": bowl(c), "heat": c["z"]}  # noqa: E731
+    optimizer = Optimizer(BOX, constraints=["heat <= 0.6"], model=model, initial=10)
+    for configuration in optimizer.ask(10):
+        optimizer.tell(configuration, measured(configuration))
+    (first,) = optimizer.ask()
+    assert first["z"] < 0.75
+    before = optimizer.posteriors()["y"]
+    optimizer.tell(first, measured(first))
+    assert optimizer.posteriors()["y"] is not before
+    optimizer.acquisition = "thompson"
+    assert optimizer.ask()[0] != first

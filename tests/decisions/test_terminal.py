@@ -103,6 +103,11 @@ def test_ask_and_tell_through_a_table(run, tmp_path):
         new["loss"] = (new["x"] - 0.6) ** 2 + 0.3 * (new["kind"] == "a")
         tried = pd.concat([tried, new])
     assert len(tried.drop_duplicates(["x", "kind"])) == len(tried)
+    status, _, err = run("next", *common, "--model", "neural", "--out", "next.csv")
+    assert status == 0, err
+    assert not pd.read_csv(tmp_path / "next.csv").equals(new[["x", "kind"]])
+    status, _, err = run("next", *common, "--model", "oracle", "--out", "next.csv")
+    assert status == 2 and "'oracle' does not exist" in err
     assert (tmp_path / "next.png").exists()
 
 

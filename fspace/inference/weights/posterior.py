@@ -116,6 +116,12 @@ class NetworkPosterior(FunctionPosterior):
     def _shaped(self, values: Float[Tensor, "*s n t"]) -> Tensor:
         return values[..., 0] if self.vector else values
 
+    def as_botorch(self) -> Any:
+        """A BoTorch Model of the draws behind latent and observed: each is one function at all points of a batch."""
+        from fspace.botorch_draws import DrawnModel
+
+        return DrawnModel(self)
+
     def response(self, f: Tensor) -> Tensor:
         """E[y | f]: probabilities of classes, else f."""
         if isinstance(self.likelihood, Classes) and self.vector:
@@ -184,6 +190,29 @@ class LinearisedPosterior(NetworkPosterior):
             self._moves = self.distribution.deviations(SAMPLES, generator_for(0, torch.device("cpu")))
         f = self._along(self._moves, self.rows(x))
         return self.likelihood.observed(f, self._mean[1], self.scaling.y_scale, self.scaling.y_shift)
+
+    def observed_batches(self, x: Float[Tensor, "*b n d"]) -> Predictive:
+        """Predictive of y at batches of n rows of a table, joint within each; gradients flow to x."""
+        if isinstance(self.likelihood, Classes):
+            return self.observed(x.flatten(0, -2))
+        batch, n = x.shape[:-2], x.shape[-2]
+        rows, scale = self.rows(x.flatten(0, -2)), self.scaling.y_scale
+        assert isinstance(self.likelihood, GaussianNoise)
+        f = self.outputs(self.distribution.mean[None], rows)[0] * scale + self.scaling.y_shift
+        aleatoric = (self.likelihood.log_noise(self._mean[1]).exp() * scale.square()).expand_as(f)
+        j = torch.cat(list(self._jacobians(rows))).unflatten(0, (*batch, n)).movedim(-2, 0)  # [t, *b, n, r]
+        parts = [self.distribution.covariance(part, part) for part in j]
+        latent = torch.stack(parts, -3) * scale.square()[:, None, None]
+        mean, aleatoric = f.unflatten(0, (*batch, n)), aleatoric.unflatten(0, (*batch, n))
+        covariance = 0.5 * (latent + latent.mT) + torch.diag_embed(aleatoric.mT)
+        variance = covariance.diagonal(dim1=-2, dim2=-1).mT
+        if self.vector:
+            return Gaussian(mean[..., 0], variance[..., 0], covariance[..., 0, :, :], aleatoric[..., 0], 0)
+        return Gaussian(mean, variance, covariance, aleatoric, self.num_outputs)
+
+    def as_botorch(self) -> Any:
+        """A BoTorch Model of the joint Gaussians, which can be conditioned: the network is linear in its weights."""
+        return FunctionPosterior.as_botorch(self)
 
     _moves: Tensor | None = None
 
