@@ -137,6 +137,18 @@ class ArmPosterior:
             self.shift[arm] += v[:, mine] @ target[mine] / noise
         self._refresh(seen)
 
+    @torch.no_grad()
+    def grow(self, contexts: Float[Tensor, "n d"]) -> None:
+        """More inducing inputs: what was seen so far says nothing about them beyond what it says of the old ones."""
+        before, new = self.shift.shape[-1], self.basis.embed(contexts)
+        self.basis = self.basis.grown(new)
+        self.precision = torch.nn.functional.pad(self.precision, (0, len(new), 0, len(new)))
+        self.shift = torch.nn.functional.pad(self.shift, (0, len(new)))
+        inner = torch.eye(before + len(new), dtype=self.shift.dtype, device=self.shift.device)
+        self._inner, old = inner.repeat(self.arms, 1, 1), self._inner
+        self._inner[:, :before, :before] = old  # the new coordinates are whitened: nothing is known of them
+        self._mean_weights = torch.nn.functional.pad(self._mean_weights, (0, 0, 0, len(new)))
+
 
 class Choice(NamedTuple):
     """A decision to act on: its number (to tell the reward by), the arm, and the probability that it was taken with."""
