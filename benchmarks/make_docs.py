@@ -493,7 +493,16 @@ def decisions(result: dict[str, Any]) -> str:
         "newsvendor": ("lost", "Money lost a flight (lower is better)", ".2f"),
         "wheel": ("regret", "Wheel bandit: cumulative regret, by delta", ",.0f"),
         "tables": ("regret", "Classification tables as bandits: cumulative regret", ",.0f"),
-        "labels": ("labels", "Labels to 95% of what all labels gain over the first 20 (RMSE)", ".0f"),
+        "labels": (
+            "labels",
+            "Labels to 95% of what all labels gain over the first 20 (RMSE, accuracy of classes)",
+            ".0f",
+        ),
+        "selective": (
+            "aurc",
+            "Selective prediction: area under the risk-coverage curve (squared error, errors of digits)",
+            ".3g",
+        ),
         "optimisation": ("regret", "Bayesian optimisation: simple regret", ".3g"),
     }
     parts = []
@@ -507,12 +516,20 @@ def decisions(result: dict[str, Any]) -> str:
         seeds = sorted({row["seeds"] for methods_of in cases.values() for row in methods_of.values()})
         parts.append(f"### {title}\n\n" + table(["", *methods], body))
         parts.append(f"Mean ± standard error over {' to '.join(map(str, {seeds[0], seeds[-1]}))} seeds.")
-        if part == "optimisation":
+        beside = {
+            "optimisation": [("seconds_a_step", "Seconds a step", ".2f")],
+            "wheel": [("percent_of_uniform", "In percent of the regret of uniform arms", ".1f")],
+            "tables": [("percent_of_uniform", "In percent of the regret of uniform arms", ".1f")],
+            "selective": [
+                ("augrc", "Area under the generalised risk-coverage curve", ".3g"),
+                ("risk", "Risk where all rows are answered", ".3g"),
+            ],
+        }
+        for figure, title, style in beside.get(part, []):
             body = [
-                [c, *(_decision_cell(row.get(m), "seconds_a_step", ".2f") for m in methods)]
-                for c, row in cases.items()
+                [c, *(_decision_cell(row.get(m), figure, style) for m in methods)] for c, row in cases.items()
             ]
-            parts.append("Seconds a step:\n\n" + table(["", *methods], body))
+            parts.append(f"{title}:\n\n" + table(["", *methods], body))
     evaluations = ", ".join(f"{case} {count}" for case, count in result["budget"]["evaluations"].items())
     parts.append(f"Budget: {result['budget']['bandit_steps']:,} bandit steps; evaluations: {evaluations}.")
     parts.append(where(result["machine"]))
