@@ -310,7 +310,28 @@ def summary() -> dict[str, Any]:
             if len(values) > 1:
                 row[name]["standard_error"] = float(np.std(values, ddof=1) / math.sqrt(len(values)))
         parts.setdefault(part, {}).setdefault(case, {})[method] = row
+    _pair_newsvendor(parts.get("newsvendor", {}))
     return parts
+
+
+def _pair_newsvendor(cases: dict[str, Any]) -> None:
+    """What every way to act loses beyond the posterior's, on the same flights: mean and standard error over seeds."""
+    lost = {
+        (run["case"], run["method"], run["seed"]): run["figures"]["lost"]
+        for run in done()
+        if run["part"] == "newsvendor"
+    }
+    for case, rows in cases.items():
+        for method, row in rows.items():
+            more = [
+                value - lost[case, "posterior", seed]
+                for (of, by, seed), value in lost.items()
+                if (of, by) == (case, method) and (case, "posterior", seed) in lost
+            ]
+            row["beyond_posterior"] = {"mean": float(np.mean(more)), "missing": row["seeds"] - len(more)}
+            if len(more) > 1:
+                error = np.std(more, ddof=1) / math.sqrt(len(more))
+                row["beyond_posterior"]["standard_error"] = float(error)
 
 
 def main() -> None:

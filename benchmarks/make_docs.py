@@ -518,6 +518,7 @@ def decisions(result: dict[str, Any]) -> str:
         parts.append(f"Mean ± standard error over {' to '.join(map(str, {seeds[0], seeds[-1]}))} seeds.")
         beside = {
             "optimisation": [("seconds_a_step", "Seconds a step", ".2f")],
+            "newsvendor": [("beyond_posterior", "More than the posterior's, flight by flight", ".2f")],
             "wheel": [("percent_of_uniform", "In percent of the regret of uniform arms", ".1f")],
             "tables": [("percent_of_uniform", "In percent of the regret of uniform arms", ".1f")],
             "selective": [

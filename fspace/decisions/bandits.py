@@ -193,6 +193,11 @@ class Bandit:
         contexts, arms, rewards = [], [], []
         for entry in entries:
             if "context" in entry:
+                if not entry["arm"] < self.known.arms:
+                    raise OptionError(
+                        f"The journal has a choice of arm {entry['arm']}, but the bandit has {self.known.arms} arms: "
+                        "it is another bandit's."
+                    )
                 self.pending[entry["id"]] = (entry["context"], entry["arm"])
                 self._next = max(self._next, entry["id"] + 1)
             else:
@@ -225,7 +230,10 @@ class Bandit:
     def choose(self, context: Any, propensity: bool = True) -> Choice:
         """The arm for one context [d]. propensity: whether to estimate the probability it is taken with (for
         `off_policy_value`), which Thompson sampling does not need to act; without, it is NaN."""
-        contexts = self._contexts([np.asarray(context, dtype=np.float64)])
+        try:
+            contexts = self._contexts([np.asarray(context, dtype=np.float64)])
+        except (TypeError, ValueError) as error:
+            raise DataError(f"A context must be finite numbers [d]; it is {context!r}.") from error
         if self.policy == "uniform" or propensity:
             shares = self.probabilities(contexts)[0]
             arm = int(torch.multinomial(shares, 1, generator=self._generator))
@@ -243,10 +251,19 @@ class Bandit:
         self._next += 1
         return choice
 
-    def tell(self, ids: Sequence[int], rewards: Any) -> None:
-        """Rewards of earlier choices. Raises DataError for a choice that is not waiting for one (told already, or never
-        made), UtilityError for NaN; then nothing is taken in."""
-        ids, values = [int(i) for i in ids], as_tensor(rewards, None, "rewards").to(torch.float64)
+    def tell(self, ids: Any, rewards: Any) -> None:
+        """Rewards [n] of earlier choices, by their ids [n].
+
+        Raises DataError for a choice that is not waiting for one (told already, or never made), UtilityError for NaN;
+        then nothing is taken in.
+        """
+        try:
+            ids = [int(i) for i in ids]
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"ids must be the numbers of choices, [choice.id, ...]; they are {ids!r}."
+            ) from error
+        values = as_tensor(rewards, None, "rewards").to(torch.float64)
         if values.shape != (len(ids),):
             raise DataError(f"There are {len(ids)} ids for rewards of shape {tuple(values.shape)}.")
         if not bool(values.isfinite().all()):

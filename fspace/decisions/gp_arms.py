@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from gpytorch.constraints import GreaterThan
 from gpytorch.kernels import AdditiveKernel, MaternKernel, PolynomialKernel, ScaleKernel
@@ -29,7 +30,6 @@ from fspace.inference.inducing import greedy_variance
 from fspace.inference.optimise import lbfgs
 from fspace.inference.streaming import unexplained
 from fspace.kernels.evaluate import covariance
-from fspace.predictive import check_count
 
 FIRST = 10  # rewards before anything is learned; then at every doubling
 SUBSET = 256  # random rows whose evidence teaches the kernel
@@ -71,14 +71,15 @@ class GPArms:
         remember: int = 10_000,
         seed: int = 0,
     ):
-        self.width, self.arms, self.most = check_count(width, 1), check_count(arms, 2), check_count(most, 1)
+        for name, value, least in (
+            ("width", width, 1), ("arms", arms, 2), ("most", most, 1), ("remember", remember, FIRST),
+        ):  # fmt: skip
+            if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+                raise OptionError(f"{name}={value!r} must be a whole number of at least {least}.")
+        self.width, self.arms, self.most = int(width), int(arms), int(most)
         if not (math.isfinite(reward_scale) and reward_scale > 0 and math.isfinite(mean)):
             raise OptionError(
                 f"mean={mean!r} and reward_scale={reward_scale!r} must be finite, and reward_scale above 0."
-            )
-        if remember < FIRST:
-            raise OptionError(
-                f"remember={remember!r} must be {FIRST} rewards or more: nothing is learned from fewer."
             )
         self.mean, self.reward_scale, self.seed = mean, reward_scale, seed
         self.last_refit = FIRST * 2 ** int(math.log2(remember / FIRST))

@@ -233,7 +233,9 @@ def test_killing_loses_no_reward(tmp_path):
 @pytest.mark.parametrize(
     "call, error, words",
     [
-        (lambda: GPArms(2, 1), OptionError, "1"),
+        (lambda: GPArms(2, 1), OptionError, "arms=1 must be a whole number of at least 2"),
+        (lambda: GPArms(2.5, 3), OptionError, "width=2.5"),
+        (lambda: GPArms(2, 3, remember=math.inf), OptionError, "remember=inf"),
         (lambda: GPArms(2, 3, reward_scale=0.0), OptionError, "above 0"),
         (lambda: GPArms(2, 3, mean=math.nan), OptionError, "finite"),
         (lambda: GPArms(2, 3, remember=5), OptionError, "10"),
