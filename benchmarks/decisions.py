@@ -16,8 +16,9 @@ import json
 import math
 import time
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import common
@@ -28,6 +29,9 @@ from search_problems import EVALUATIONS
 LINES = common.RESULTS / "decisions.jsonl"
 DELTAS = (0.5, 0.7, 0.9, 0.95, 0.99)
 STEPS = 1000
+POOL = 600  # rows that may be labelled
+LABELS, LABELS_OF_CLASSES = (20, 20, 200), (20, 20, 160)  # labels at first, in a batch, at most
+SECONDS = 20  # of wall time a fit of selective prediction
 
 
 # Surrogates of `Optimizer` beside its Matern GP; Hamiltonian Monte Carlo asks for four settings at a time.
@@ -101,36 +105,38 @@ def _ask_and_tell(
 
 
 def agents(method: str, width: int, arms: int, noise: float, scale: float, seed: int) -> Any:
-    """A bandit by its name in the table."""
-    from fspace.decisions import ArmPosterior, Bandit, NeuralLinear, linear_basis
+    """A bandit by its name in the table; confidence bounds of one standard deviation.
+
+    The floors and the schedule of GPArms and this width were chosen on seeds 0 to 2 of these same problems.
+    """
+    from fspace.decisions import ArmPosterior, Bandit, GPArms, NeuralLinear, linear_basis
 
     if method == "NeuralLinear":
         return Bandit(NeuralLinear(width, arms, seed=seed), seed=seed)
+    policy = {"GP UCB": "ucb", "LinUCB": "ucb", "uniform": "uniform"}.get(method, "thompson")
+    if method.startswith("GP"):
+        return Bandit(GPArms(width, arms, reward_scale=scale, seed=seed), policy, width=1.0, seed=seed)
     lines = ArmPosterior(linear_basis(width, noise=noise), arms, reward_scale=scale)
-    policy = {"linear Thompson": "thompson", "LinUCB": "ucb", "uniform": "uniform"}.get(method)
-    if policy:
-        return Bandit(lines, policy, seed=seed)
-    return Bandit(ArmPosterior(gp_basis(width, noise, seed), arms, reward_scale=scale), seed=seed)
+    return Bandit(lines, policy, width=1.0, seed=seed)
 
 
-def gp_basis(width: int, noise: float, seed: int, inducing: int = 100) -> Any:
-    """Matern kernel of lengthscale sqrt(width) on standardised contexts, normal inducing inputs: nothing is learned."""
-    from gpytorch.kernels import MaternKernel
+def bandit_run(problem: Any, method: str, noise: float, scale: float, seed: int) -> dict[str, Any]:
+    """Cumulative regret, also in percent of what uniform arms lose on the same contexts, and time a step."""
+    from fspace.decisions import simulate
 
-    from fspace.inference.basis import Basis
-    from fspace.inference.optimise import gaussian_likelihood
-
-    kernel = MaternKernel(nu=2.5).double()
-    kernel.lengthscale = math.sqrt(width)
-    likelihood = gaussian_likelihood(1, noise, torch.device("cpu"))
-    likelihood.noise = torch.tensor([[noise]], dtype=torch.float64)
-    z = torch.randn(inducing, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return Basis(kernel.requires_grad_(False), z, likelihood)
+    figures = []
+    for name in (method, "uniform"):
+        agent = agents(name, problem.width, problem.arms, noise, scale, seed)
+        start = time.perf_counter()
+        regret = float(simulate(agent, problem, STEPS, batch=10, seed=seed).sum())
+        figures.append((regret, 1000 * (time.perf_counter() - start) / STEPS))
+    (regret, ms), (uniform, _) = figures
+    return {"regret": regret, "percent_of_uniform": 100 * regret / uniform, "ms_a_step": ms}
 
 
 def wheel(case: str, method: str, seed: int) -> dict[str, Any]:
-    """Cumulative regret; contexts times two, to be of spread one; rewards in units of 50."""
-    from fspace.decisions import Wheel, simulate
+    """Contexts times two, to be of spread one for the methods that do not scale them; rewards in units of 50."""
+    from fspace.decisions import Wheel
 
     class Scaled(Wheel):
         def context(self, rng: np.random.Generator) -> Any:
@@ -139,49 +145,65 @@ def wheel(case: str, method: str, seed: int) -> dict[str, Any]:
         def means(self, context: Any) -> Any:
             return super().means(context / 2.0)
 
-    agent = agents(method, 2, 5, 1e-3, 50.0, seed)
-    start = time.perf_counter()
-    regret = simulate(agent, Scaled(float(case)), STEPS, batch=10, seed=seed)
-    return {"regret": regret.sum(), "ms_a_step": 1000 * (time.perf_counter() - start) / STEPS}
+    return bandit_run(Scaled(float(case)), method, 1e-3, 50.0, seed)
 
 
 def table_bandit(case: str, method: str, seed: int) -> dict[str, Any]:
-    """Cumulative regret on a classification table: a point lost for every wrong arm."""
+    """Rows of a classification table: a point lost for every wrong arm."""
     from sklearn import datasets
 
-    from fspace.decisions import TableProblem, simulate
+    from fspace.decisions import TableProblem
 
     X, y = getattr(datasets, f"load_{case}")(return_X_y=True)
-    problem = TableProblem(X, y)
-    agent = agents(method, problem.width, problem.arms, 0.1, 1.0, seed)
-    return {"regret": simulate(agent, problem, STEPS, batch=10, seed=seed).sum()}
+    return bandit_run(TableProblem(X, y), method, 0.1, 1.0, seed)
 
 
-def labels(case: str, method: str, seed: int) -> dict[str, Any]:
-    """Labels needed to reach 95% of what all labels gain over few, in RMSE (regression) or accuracy."""
+@lru_cache(maxsize=1)
+def label_task(case: str, seed: int) -> tuple[Any, ...]:
+    """A pool of at most POOL rows, how to fit and to score on the test part, and the score with all labels of it."""
     import fspace
     from fspace.data import load_uci
-    from fspace.decisions import learning_curve
 
-    X, y, X_test, y_test = load_uci(
-        {"boston": "bostonHousing", "energy": "energy", "concrete": "concrete"}[case], seed
-    )
+    if case.startswith("classes of"):
+        from sklearn import datasets
+        from sklearn.model_selection import train_test_split
+
+        X, y = getattr(datasets, f"load_{case.split()[-1]}")(return_X_y=True)
+        X, X_test, y, y_test = train_test_split(X, y, test_size=0.3, random_state=seed, stratify=y)
+    else:
+        X, y, X_test, y_test = load_uci(case, seed)
+    keep = np.random.default_rng(seed).permutation(len(y))[:POOL]
+    X, y = X[keep], y[keep]
 
     def fit(X: Any, y: Any) -> Any:
-        return fspace.GPRegressor(kernel="matern", progress=False).fit(X, y)
+        kind = fspace.GPClassifier if case.startswith("classes of") else fspace.GPRegressor
+        return kind(kernel="matern", progress=False).fit(X, y)
 
     def score(model: Any) -> float:
+        if case.startswith("classes of"):
+            return float((model.predict(X_test) == y_test).mean())
         return -float(np.sqrt(np.mean((model.predict(X_test) - y_test) ** 2)))
 
-    most = min(200, len(y))
-    curve = learning_curve(fit, X, y, score, method, 20, 20, most, seed)
-    full, first = score(fit(X, y)), curve[0]["score"]
-    goal = first + 0.95 * (full - first)
+    return X, y, fit, score, score(fit(X, y))
+
+
+def labels(case: str, method: str, seed: int) -> dict[str, Any] | None:
+    """Labels needed to reach 95% of what all labels of the pool gain over few, in RMSE (regression) or accuracy."""
+    from fspace.decisions import learning_curve
+
+    classes = case.startswith("classes of")
+    if method in (("nipv", "eig") if classes else ("margin", "batchbald")):
+        return None
+    X, y, fit, score, full = label_task(case, seed)
+    first, batch, most = LABELS_OF_CLASSES if classes else LABELS
+    curve = learning_curve(fit, X, y, score, method, first, batch, min(most, len(y)), seed)
+    start = curve[0]["score"]
+    goal = start + 0.95 * (full - start)
     reached = [entry["labels"] for entry in curve if entry["score"] >= goal]
     return {
         "labels": reached[0] if reached else None,
         "of": len(y),
-        "most": most,
+        "most": curve[-1]["labels"],
         "last": curve[-1]["score"],
         "full": full,
     }
@@ -189,15 +211,9 @@ def labels(case: str, method: str, seed: int) -> dict[str, Any]:
 
 def newsvendor(case: str, method: str, seed: int) -> dict[str, Any]:
     """Minutes' worth lost a flight by planning a buffer for its delay: a minute short costs four, one too long one."""
-    import fspace
-    from fspace.data import load_flights
     from fspace.decisions import Newsvendor, best_action
 
-    X, y = (np.asarray(part) for part in load_flights(rows=2000, seed=seed))
-    model = fspace.GPRegressor(
-        kernel="matern", likelihood=case, inference="auto", inducing=100, progress=False
-    )
-    model.fit(X[:1000], y[:1000])
+    X, y, model = flights(case, seed)
     cost, truth = Newsvendor(4.0, 1.0), torch.tensor(y[1000:])
     action = torch.tensor(model.predict(X[1000:]))
     if method == "posterior":
@@ -207,12 +223,59 @@ def newsvendor(case: str, method: str, seed: int) -> dict[str, Any]:
     return {"lost": -float(cost(action, truth).mean())}
 
 
-BANDITS = ("GP Thompson", "linear Thompson", "LinUCB", "NeuralLinear", "uniform")
-PARTS: dict[str, tuple[Callable[[str, str, int], dict[str, Any]], tuple[str, ...], tuple[str, ...]]] = {
+@lru_cache(maxsize=1)
+def flights(case: str, seed: int) -> tuple[Any, Any, Any]:
+    """2,000 flights, and the model of the first 1,000 that all ways to act share."""
+    import fspace
+    from fspace.data import load_flights
+
+    X, y = (np.asarray(part) for part in load_flights(rows=2000, seed=seed))
+    model = fspace.GPRegressor(
+        kernel="matern", likelihood=case, inference="auto", inducing=100, progress=False
+    )
+    return X, y, model.fit(X[:1000], y[:1000])
+
+
+def selective(case: str, method: str, seed: int) -> dict[str, Any] | None:
+    """Area under the risk-coverage curve (squared error, or 0-1 of classes; the model's own doubt) of a method of
+    `fspace compare` on the split of this number, its generalised form, and the risk where all rows are answered."""
+    from fspace.compare.cells import Budget, Cell, run_cell
+    from fspace.compare.methods import named_methods
+    from fspace.compare.problems import Uci, digits
+
+    (found,) = named_methods([method])
+    dataset = digits(10) if case == "digits" else Uci(case)
+    if found.estimator(dataset.task) is None:
+        return None
+    row = run_cell(Cell(dataset, seed, found, Budget(SECONDS), seed))
+    if "aurc" not in row["scores"]:
+        return {"aurc": None, "augrc": None, "risk": None, "status": row["status"], "reason": row["reason"]}
+    scores = row["scores"]
+    risk = 1 - scores["accuracy"] if case == "digits" else scores["rmse"] ** 2
+    return {
+        "aurc": scores["aurc"],
+        "augrc": scores["augrc"],
+        "risk": risk,
+        "status": row["status"],
+        "fit_seconds": row["fit_seconds"],
+    }
+
+
+BANDITS = ("GP UCB", "GP Thompson", "linear Thompson", "LinUCB", "NeuralLinear", "uniform")
+TABLES = ("boston", "energy", "concrete", "yacht", "wine", "power", "kin8nm")
+CLASSES = ("classes of wine", "classes of breast_cancer", "classes of digits")
+LABEL_METHODS = ("variance", "nipv", "eig", "bald", "batchbald", "margin", "random")
+COMPARED = (
+    "gp", "gp-matern", "gp-rbf", "gp-neural", "gp-deep", "wide", "map", "ensemble", "dropout", "mfvi", "laplace",
+    "functional-laplace", "swag", "multiswag", "sgld", "sghmc", "csgld", "nuts", "fvi", "functional-prior", "linear",
+)  # fmt: skip
+Run = Callable[[str, str, int], dict[str, Any] | None]  # None: the case has no such method
+PARTS: dict[str, tuple[Run, tuple[str, ...], tuple[str, ...]]] = {
     "newsvendor": (newsvendor, ("gaussian", "student_t"), ("posterior", "mean", "training quantile")),
     "wheel": (wheel, tuple(map(str, DELTAS)), BANDITS),
     "tables": (table_bandit, ("iris", "wine", "breast_cancer"), BANDITS),
-    "labels": (labels, ("boston", "energy", "concrete"), ("variance", "nipv", "random")),
+    "labels": (labels, (*TABLES, *CLASSES), LABEL_METHODS),
+    "selective": (selective, ("yacht", "boston", "energy", "concrete", "wine", "digits"), COMPARED),
     "optimisation": (
         bayesian_optimisation,
         tuple(EVALUATIONS),
@@ -239,7 +302,10 @@ def summary() -> dict[str, Any]:
     for (part, case, method), runs in figures.items():
         row: dict[str, Any] = {"seeds": len(runs)}
         for name in runs[0]:
-            values = [run[name] for run in runs if run[name] is not None]
+            if isinstance(runs[0][name], str):
+                row[name] = dict(Counter(run[name] for run in runs))
+                continue
+            values = [run[name] for run in runs if run.get(name) is not None]
             row[name] = {
                 "mean": float(np.mean(values)) if values else None,
                 "missing": len(runs) - len(values),
@@ -247,7 +313,28 @@ def summary() -> dict[str, Any]:
             if len(values) > 1:
                 row[name]["standard_error"] = float(np.std(values, ddof=1) / math.sqrt(len(values)))
         parts.setdefault(part, {}).setdefault(case, {})[method] = row
+    _pair_newsvendor(parts.get("newsvendor", {}))
     return parts
+
+
+def _pair_newsvendor(cases: dict[str, Any]) -> None:
+    """What every way to act loses beyond the posterior's, on the same flights: mean and standard error over seeds."""
+    lost = {
+        (run["case"], run["method"], run["seed"]): run["figures"]["lost"]
+        for run in done()
+        if run["part"] == "newsvendor"
+    }
+    for case, rows in cases.items():
+        for method, row in rows.items():
+            more = [
+                value - lost[case, "posterior", seed]
+                for (of, by, seed), value in lost.items()
+                if (of, by) == (case, method) and (case, "posterior", seed) in lost
+            ]
+            row["beyond_posterior"] = {"mean": float(np.mean(more)), "missing": row["seeds"] - len(more)}
+            if len(more) > 1:
+                error = np.std(more, ddof=1) / math.sqrt(len(more))
+                row["beyond_posterior"]["standard_error"] = float(error)
 
 
 def main() -> None:
@@ -270,6 +357,8 @@ def main() -> None:
                     if (part, case, method, seed) in written:
                         continue
                     figures = run(case, method, seed)
+                    if figures is None:
+                        continue
                     entry = {"part": part, "case": case, "method": method, "seed": seed, "figures": figures}
                     with LINES.open("a") as file:
                         file.write(json.dumps(entry | {"commit": common.commit()}) + "\n")
@@ -277,7 +366,12 @@ def main() -> None:
     result = {
         "command": "python benchmarks/decisions.py",
         "machine": common.machine(),
-        "budget": {"evaluations": EVALUATIONS, "bandit_steps": STEPS},
+        "budget": {
+            "evaluations": EVALUATIONS,
+            "bandit_steps": STEPS,
+            "pool": POOL,
+            "selective_seconds": SECONDS,
+        },
     }
     common.write("decisions", {**result, "parts": summary()})
 

@@ -72,7 +72,8 @@ class Gaussian(Continuous):
         n, root = check_count(n), _root(self.covariance)
         generator = generator_for(seed, root.device)
         white = torch.randn(n, *root.shape[:-1], 1, generator=generator, dtype=root.dtype, device=root.device)
-        values = (root @ white)[..., 0]
+        # one product for all n: a product for each would hold n copies of the root
+        values = (root @ white[..., 0].movedim(0, -1)).movedim(-1, 0)
         return self.mean + (values.mT if self.outputs is not None else values)
 
     def log_prob(self, y: Any) -> Tensor:

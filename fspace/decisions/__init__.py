@@ -16,6 +16,7 @@ _WHERE = {
     "labelling": ("learning_curve",),
     "bandits": ("ArmPosterior", "Bandit", "linear_basis"),
     "bandit_problems": ("LinearProblem", "TableProblem", "Wheel", "simulate"),
+    "gp_arms": ("GPArms",),
     "neural_linear": ("NeuralLinear",),
     "off_policy": ("PolicyValue", "off_policy_value"),
     "space": ("Space",),

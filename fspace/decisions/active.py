@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -72,7 +73,8 @@ def select(
         raise OptionError(f"criterion={criterion!r} does not exist; choose one of {', '.join(CRITERIA)}.")
     if duplicates not in ("error", "drop"):
         raise OptionError(f"duplicates={duplicates!r} does not exist; choose 'error' or 'drop'.")
-    check_count(k, 1)
+    if not isinstance(k, int | np.integer) or isinstance(k, bool) or k < 1:
+        raise OptionError(f"k={k!r}: how many rows to choose is a whole number of at least 1.")
     shortlist = max(check_count(shortlist, 1), 2 * k)
     posterior = posterior_of(model)
     if criterion == "nipv":

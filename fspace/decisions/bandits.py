@@ -137,6 +137,18 @@ class ArmPosterior:
             self.shift[arm] += v[:, mine] @ target[mine] / noise
         self._refresh(seen)
 
+    @torch.no_grad()
+    def grow(self, contexts: Float[Tensor, "n d"]) -> None:
+        """More inducing inputs: what was seen so far says nothing about them beyond what it says of the old ones."""
+        before, new = self.shift.shape[-1], self.basis.embed(contexts)
+        self.basis = self.basis.grown(new)
+        self.precision = torch.nn.functional.pad(self.precision, (0, len(new), 0, len(new)))
+        self.shift = torch.nn.functional.pad(self.shift, (0, len(new)))
+        inner = torch.eye(before + len(new), dtype=self.shift.dtype, device=self.shift.device)
+        self._inner, old = inner.repeat(self.arms, 1, 1), self._inner
+        self._inner[:, :before, :before] = old  # the new coordinates are whitened: nothing is known of them
+        self._mean_weights = torch.nn.functional.pad(self._mean_weights, (0, 0, 0, len(new)))
+
 
 class Choice(NamedTuple):
     """A decision to act on: its number (to tell the reward by), the arm, and the probability that it was taken with."""
@@ -181,6 +193,11 @@ class Bandit:
         contexts, arms, rewards = [], [], []
         for entry in entries:
             if "context" in entry:
+                if not entry["arm"] < self.known.arms:
+                    raise OptionError(
+                        f"The journal has a choice of arm {entry['arm']}, but the bandit has {self.known.arms} arms: "
+                        "it is another bandit's."
+                    )
                 self.pending[entry["id"]] = (entry["context"], entry["arm"])
                 self._next = max(self._next, entry["id"] + 1)
             else:
@@ -213,7 +230,10 @@ class Bandit:
     def choose(self, context: Any, propensity: bool = True) -> Choice:
         """The arm for one context [d]. propensity: whether to estimate the probability it is taken with (for
         `off_policy_value`), which Thompson sampling does not need to act; without, it is NaN."""
-        contexts = self._contexts([np.asarray(context, dtype=np.float64)])
+        try:
+            contexts = self._contexts([np.asarray(context, dtype=np.float64)])
+        except (TypeError, ValueError) as error:
+            raise DataError(f"A context must be finite numbers [d]; it is {context!r}.") from error
         if self.policy == "uniform" or propensity:
             shares = self.probabilities(contexts)[0]
             arm = int(torch.multinomial(shares, 1, generator=self._generator))
@@ -231,10 +251,19 @@ class Bandit:
         self._next += 1
         return choice
 
-    def tell(self, ids: Sequence[int], rewards: Any) -> None:
-        """Rewards of earlier choices. Raises DataError for a choice that is not waiting for one (told already, or never
-        made), UtilityError for NaN; then nothing is taken in."""
-        ids, values = [int(i) for i in ids], as_tensor(rewards, None, "rewards").to(torch.float64)
+    def tell(self, ids: Any, rewards: Any) -> None:
+        """Rewards [n] of earlier choices, by their ids [n].
+
+        Raises DataError for a choice that is not waiting for one (told already, or never made), UtilityError for NaN;
+        then nothing is taken in.
+        """
+        try:
+            ids = [int(i) for i in ids]
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"ids must be the numbers of choices, [choice.id, ...]; they are {ids!r}."
+            ) from error
+        values = as_tensor(rewards, None, "rewards").to(torch.float64)
         if values.shape != (len(ids),):
             raise DataError(f"There are {len(ids)} ids for rewards of shape {tuple(values.shape)}.")
         if not bool(values.isfinite().all()):

@@ -61,6 +61,10 @@ def learning_curve(
         if criterion == "random":
             chosen = list(rng.choice(left, count, replace=False))
         elif criterion == "margin":
+            if not hasattr(model, "predict_proba"):
+                raise OptionError(
+                    "criterion='margin' is the gap between two classes, but the model has none."
+                )
             top = np.sort(model.predict_proba(X[left]), axis=1)
             chosen = list(left[np.argsort(top[:, -1] - top[:, -2], kind="stable")[:count]])
         else:  # pools have equal rows; of these one is as good as another

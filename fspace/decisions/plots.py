@@ -166,7 +166,13 @@ def regrets(curves: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
         if len(total) > 1:
             error = total.std(0, ddof=1) / np.sqrt(len(total))
             ax.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.18, lw=0)
-        ax.plot(steps, mean, color=colour, lw=1.9, label=f"{name}: {mean[-1]:.4g}")
+        ax.plot(
+            steps,
+            mean,
+            color=colour,
+            lw=1.9,
+            label=f"{name}: {mean[-1]:{',.0f' if mean[-1] >= 100 else '.3g'}}",
+        )
     finish(ax, "Regret so far", "step", "cumulative regret")
     ax.set_ylim(bottom=0)
     legend(ax, loc="upper left")

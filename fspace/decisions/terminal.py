@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from fspace.columns import suggest
 from fspace.data import read_table, write_table
 from fspace.decisions import plots
 from fspace.decisions.active import select
@@ -98,10 +99,19 @@ def propose(
     """
     files = _files(out, overwrite, (experiments, space))
     described = _json(space)
+    if isinstance(described, dict):
+        _require_keys(described, ("settings", "constraints"))
     of_space = Space.from_state(
         {"settings": described.get("settings", {}) if isinstance(described, dict) else None}
     )
-    constraints = list(described.get("constraints", []))
+    constraints = described.get("constraints", [])
+    if not isinstance(constraints, list):
+        raise OptionError(f'{space!r}: constraints must be a list, such as ["x <= 0.9"].')
+    settings_too = [name for name in _goals(goals) if name in of_space.settings]
+    if settings_too:
+        raise OptionError(
+            f"--goal {settings_too[0]} is a setting, which is chosen; name a column of results."
+        )
     optimizer = Optimizer(of_space, _goals(goals), constraints, model, acquisition, seed=seed)
     if Path(experiments).exists():
         _tell_table(optimizer, read_table(experiments), experiments)
@@ -149,15 +159,23 @@ def _decide(
     ((kind, about),) = described.items()
     try:
         if kind == "newsvendor":
+            _require_keys(about, ("underage", "overage"))
             utility = Newsvendor(float(about["underage"]), float(about["overage"]))
             return best_action(fitted, inputs, None, utility, seed=seed), None
         if kind == "costs":
             if not hasattr(fitted, "classes_"):
                 raise OptionError("costs are for classes, but this model predicts numbers.")
             classes = [str(label) for label in fitted.classes_]
+            for row in about.values():
+                _require_keys(row, classes)
             cost = [[float(row[label]) for label in classes] for row in about.values()]
             return best_action(fitted, inputs, None, CostMatrix(cost), seed=seed), list(about)
         if kind == "payoff":
+            _require_keys(about, ("amounts", "aversion", "worst_share"))
+            if "aversion" in about and "worst_share" in about:
+                raise OptionError(
+                    "The utility file has both an aversion and a worst_share; give one of them."
+                )
             amounts = torch.tensor([float(a) for a in about["amounts"]], dtype=torch.float64)
             risk: Any = None
             if "aversion" in about:
@@ -171,6 +189,13 @@ def _decide(
             raise
         raise OptionError(f"The utility file does not fit ({error!r}); it must be {UTILITIES}.") from error
     raise OptionError(f"There is no utility {kind!r}; the file must be {UTILITIES}.")
+
+
+def _require_keys(given: Any, known: Sequence[str]) -> None:
+    """A key that means nothing is a slip of the pen, and ignored it would change the decision unseen."""
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        raise OptionError(f"{unknown[0]!r} means nothing here.{suggest(str(unknown[0]), list(known))}")
 
 
 def _goals(goals: Sequence[str]) -> dict[str, str]:

@@ -182,23 +182,43 @@ def best_action(
     return _decided(listed, numbers, values, errors, margin_errors, exact)
 
 
-def checked(payoff: Any, shape: tuple[int, ...], action: Any) -> Float[Tensor, "s n"]:
-    """What a utility gave. Raises UtilityError unless it is finite numbers of the shape asked for."""
+def checked(utility: Any, action: Any, y: Tensor, shape: tuple[int, ...]) -> Float[Tensor, "s n"]:
+    """What a utility gives for samples y. Raises UtilityError unless it is finite numbers of the shape asked for.
+
+    One number for all is taken where it is the same for fewer samples: a cost of the action, not a sum over all y.
+    """
+    payoff = utility(action, y)
+    shown = f"{action.item():g}" if isinstance(action, Tensor) and action.ndim == 0 else repr(action)
     try:
-        value = as_tensor(payoff, None, "the utility").to(torch.float64).expand(shape)
-    except (DataError, RuntimeError) as error:
+        given = as_tensor(payoff, None, "the utility").to(torch.float64)
+        if given.ndim == 0:
+            again = as_tensor(utility(action, y[:1]), None, "the utility").to(given)
+            fits = torch.equal(again, given) or bool(given.isnan())
+        else:
+            fits = tuple(given.shape) == shape
+        value = given.expand(shape) if fits else None
+    except (DataError, RuntimeError):
+        value = None
+    if value is None:
         raise UtilityError(
-            f"The utility must give one number a sample and row, {shape}, for action {action!r}; it gave "
-            f"{getattr(payoff, 'shape', type(payoff).__name__)}."
-        ) from error
+            f"The utility must give one number a sample and row, {shape}, for action {shown}; it gave "
+            f"{_shape_of(payoff)}."
+        )
     bad = ~value.isfinite()
     if bool(bad.any()):
         sample, row = bad.nonzero()[0].tolist()
         raise UtilityError(
-            f"The utility of action {action!r} is {value[sample, row].item()} at row {row} (sample {sample}); it must "
+            f"The utility of action {shown} is {value[sample, row].item()} at row {row} (sample {sample}); it must "
             "be a finite number for every y that the model holds possible."
         )
     return value
+
+
+def _shape_of(payoff: Any) -> str:
+    shape = getattr(payoff, "shape", None)
+    if shape is None:
+        return type(payoff).__name__
+    return "one number that is not the same for fewer samples" if len(shape) == 0 else str(tuple(shape))
 
 
 def _closed_form(
@@ -220,7 +240,7 @@ def _sampled(
     shape = (samples, y.shape[1])
     values, influences = [], []
     for action in listed:
-        payoff = checked(utility(action, y), shape, action)
+        payoff = checked(utility, action, y, shape)
         value, influence = (
             (payoff.mean(0), payoff - payoff.mean(0)) if risk is None else risk.of_samples(payoff)
         )

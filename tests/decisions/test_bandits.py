@@ -242,6 +242,14 @@ def test_a_journal_goes_on(tmp_path):
         Bandit(linear(), journal=tmp_path / "other")
 
 
+def test_the_journal_of_a_bandit_with_more_arms(tmp_path):
+    first = Bandit(linear(2, 3), "uniform", journal=tmp_path / "bandit.jsonl")
+    while first.choose([0.0, 0.0]).arm < 2:
+        pass
+    with pytest.raises(OptionError, match="another bandit's"):
+        Bandit(linear(2, 2), journal=tmp_path / "bandit.jsonl")
+
+
 @pytest.mark.parametrize("seed", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 2))])
 def test_killing_loses_no_reward(tmp_path, seed):
     path = tmp_path / "bandit.jsonl"
@@ -270,6 +278,9 @@ def test_killing_loses_no_reward(tmp_path, seed):
         (lambda b: b.tell([b.choose([0.0, 0.0, 0.0]).id], [math.nan]), UtilityError, "NaN|nan"),
         (lambda b: b.tell([b.choose([0.0, 0.0, 0.0]).id] * 2, [1.0, 2.0]), DataError, "twice"),
         (lambda b: b.choose([0.0, 0.0]), DataError, "2 numbers"),
+        (lambda b: b.choose(["low", "high", "low"]), DataError, "low"),
+        (lambda b: b.tell(b.choose([0.0, 0.0, 0.0]).id, [1.0]), DataError, "choice.id"),
+        (lambda b: b.tell([b.choose([0.0, 0.0, 0.0])], [1.0]), DataError, "choice.id"),
         (lambda b: b.choose([math.nan, 0.0, 0.0]), DataError, "finite"),
         (lambda b: Bandit(linear(), "best"), OptionError, "does not exist"),
         (lambda b: simulate(b, Wheel(0.5), 3), OptionError, "5"),

@@ -56,3 +56,9 @@ def test_refusals():
         learning_curve(fit, x, y, len, start=50, labels=20)
     with pytest.raises(DataError, match="same"):
         learning_curve(fit, x, 0 * y, len, labels=20)
+
+
+def test_margin_of_numbers_is_refused():
+    x, y = lopsided()
+    with pytest.raises(OptionError, match="margin"):
+        learning_curve(fit, x, y, lambda model: 0.0, "margin", start=4, batch=4, labels=8)

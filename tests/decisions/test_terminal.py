@@ -112,7 +112,7 @@ def test_ask_and_tell_through_a_table(run, tmp_path):
 
 
 def test_refusals(run, model, tmp_path):
-    (tmp_path / "u.json").write_text('{"newsvendor": {"under": 4}}')
+    (tmp_path / "u.json").write_text('{"newsvendor": {"underage": 4}}')
     (tmp_path / "space.json").write_text(
         '{"settings": {"x": {"between": [0, 1]}}, "constraints": ["x >= 2"]}'
     )
@@ -131,3 +131,51 @@ def test_refusals(run, model, tmp_path):
     (tmp_path / "space.json").write_text('{"settings": {"x": {"between": [0, 1]}}}')
     status, _, err = run("next", "tried.csv", "--space", "space.json", "--goal", "y", "--out", "o.csv")
     assert status == 2 and "row 1" in err and not (tmp_path / "o.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "utility, words",
+    [
+        (
+            {"payoff": {"amounts": [0, 1], "aversoin": 5}},
+            "'aversoin' means nothing here. Did you mean 'aversion'",
+        ),
+        ({"payoff": {"amounts": [0, 1], "aversion": 1, "worst_share": 0.1}}, "one of them"),
+        ({"newsvendor": {"underage": 4, "overage": 1, "salvage": 2}}, "'salvage'"),
+    ],
+)
+def test_nothing_in_a_utility_file_is_ignored(run, model, tmp_path, utility, words):
+    """Ignored, a slip of the pen would be a risk-neutral choice under the name of a cautious one."""
+    (tmp_path / "u.json").write_text(json.dumps(utility))
+    status, _, err = run("act", "model.fspace", "pool.csv", "--utility", "u.json", "--out", "o.csv")
+    assert status == 2 and words in err and not (tmp_path / "o.csv").exists()
+
+
+def test_costs_of_classes_that_are_not_there(run, tmp_path):
+    frame, y = table()
+    label = np.where(y > y.median(), "ill", "well")
+    fspace.GPClassifier(kernel="rbf", progress=False).fit(frame, label).save(tmp_path / "c.fspace")
+    frame.to_csv(tmp_path / "data.csv", index=False)
+    (tmp_path / "u.json").write_text(json.dumps({"costs": {"treat": {"well": 1, "ill": 0, "dead": 3}}}))
+    status, _, err = run("act", "c.fspace", "data.csv", "--utility", "u.json", "--out", "o.csv")
+    assert status == 2 and "'dead'" in err
+
+
+@pytest.mark.parametrize(
+    "space, goal, words",
+    [
+        ({"constrains": ["x <= 0.1"]}, "y=minimize", "Did you mean 'constraints'"),
+        ({"constraints": "x <= 0.1"}, "y=minimize", "must be a list"),
+        ({}, "x=maximize", "is a setting"),
+    ],
+)
+def test_nothing_in_a_space_file_is_ignored(run, tmp_path, space, goal, words):
+    """Experiments that a misspelt constraint forbids would be proposed."""
+    (tmp_path / "space.json").write_text(json.dumps({"settings": {"x": {"between": [0, 1]}}, **space}))
+    status, _, err = run("next", "t.csv", "--space", "space.json", "--goal", goal, "--out", "o.csv")
+    assert status == 2 and words in err and not (tmp_path / "o.csv").exists()
+
+
+def test_a_count_that_is_none(run, model):
+    status, _, err = run("rank", "model.fspace", "pool.csv", "--k", 0, "--out", "o.csv")
+    assert status == 2 and "k=0: how many rows to choose" in err

@@ -242,6 +242,21 @@ def test_refusals(call, error, words):
         call(Fixed(ONE))
 
 
+@pytest.mark.parametrize(
+    "reduced", [lambda y: y.sum(), lambda y: y.mean(0), lambda y: y.sum(1, keepdim=True)]
+)
+def test_a_utility_that_sums_over_samples_or_rows_is_refused(reduced):
+    """Broadcast, its value would be that of all samples together, told for each."""
+    with pytest.raises(UtilityError, match="one number a sample and row"):
+        best_action(Fixed(ONE), X, [0.0, 1.0], lambda action, y: reduced(y) * (1.0 + action))
+
+
+def test_a_utility_that_does_not_depend_on_y():
+    found = best_action(Fixed(ONE), X, [0.0, 1.0], lambda action, y: -action)
+    assert found.value.tolist() == [0.0] * len(X)
+    assert best_action(Fixed(ONE), X, ["wait"], lambda action, y: 3.0).value.tolist() == [3.0] * len(X)
+
+
 def test_a_model_of_other_columns(tmp_path):
     import pandas as pd
 
