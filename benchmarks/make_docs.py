@@ -465,7 +465,13 @@ def _between(result: dict[str, Any]) -> str:
         ]
         cut = any(method == reference for method, _, _ in result["tables"]["in-between"]["stopped"])
         note = ", which the budget ended before it had converged" if cut else ""
+        chains = result["tables"]["in-between"].get("chains", {}).get(reference)
         parts.append(f"### As a function, from {reference}{note}\n\n" + table(head, body))
+        if chains:
+            parts.append(
+                f"Chains of {reference}: R-hat of function values, at rows and between them, at most"
+                f" {chains['rhat']:.3f}; at least {chains['ess']:.0f} effective draws."
+            )
     return "\n\n".join(
         [
             *parts,

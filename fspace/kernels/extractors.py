@@ -75,8 +75,8 @@ class MLP(nn.Module):
     def stacked(
         self, weights: Sequence[tuple[Float[Tensor, "s _ _"], Float[Tensor, "s _"]]], x: Float[Tensor, "n i"]
     ) -> Float[Tensor, "s n o"]:
-        """Outputs of s networks of this shape, each layer's weights and biases [s, ...] in place of its own: one batched
-        product a layer, at less than half the overhead of `vmap` where networks are small."""
+        """Outputs of s networks of this shape, whose weights and biases are given layer by layer: one batched product a
+        layer, at less than half the overhead of `vmap` where networks are small."""
         h = x.expand(len(weights[0][0]), *x.shape)
         for k, (weight, bias) in enumerate(weights):
             h = self._act(h) if k else h
