@@ -177,8 +177,8 @@ def test_predictions_are_those_of_the_dense_precision(small, structure, layers):
 
 @pytest.mark.parametrize("classes", [0, 4])
 def test_covariances_are_inverses_of_precisions_written_out(small, classes):
-    """Diagonal and Kronecker-factored covariances of all weights from Jacobians by hand: of a hidden layer tanh(V x + b)
-    and outputs W h + c, whose factors are sum (x, 1)(x, 1)' and mean (dh W)' Lambda (dh W), and so on."""
+    """Diagonal and Kronecker-factored covariances of all weights from Jacobians by hand: of a layer tanh(V x + b) and
+    outputs W h + c, the factors of the first are sum (x, 1)(x, 1)' and mean (dh W)' Lambda (dh W), and so on."""
     problem = small(classes=classes, training=Training(epochs=100), **({} if classes else KNOWN))
     eye = torch.eye(problem.network.size).double()
     prior = problem.scales.square().reciprocal()

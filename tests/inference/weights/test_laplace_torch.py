@@ -87,7 +87,7 @@ def case(small, made):
     """Makes a problem with noise and prior that are known; biases=False: of a network without them."""
 
     def make(kind: str, biases: bool = True) -> Problem:
-        options: dict = dict(training=Training(epochs=150), prior=GaussianPrior(PRIOR, PRIOR, scaled=False))
+        options: dict = {"training": Training(epochs=150), "prior": GaussianPrior(PRIOR, PRIOR, scaled=False)}
         targets = KINDS[kind].get("outputs", 1)
         if "classes" not in KINDS[kind]:
             options["likelihood"] = GaussianNoise(targets, torch.full((targets,), NOISE).double().log())
