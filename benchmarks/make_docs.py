@@ -17,6 +17,7 @@ from typing import Any
 import common
 import published
 import sections_models
+import sections_networks
 
 PAGE = common.ROOT / "docs" / "benchmarks.md"
 BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -567,6 +568,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
         )
     },
     "compare": compare,
+    "network_times": partial(sections_networks.network_times, table=table, where=where),
 }
 
 
