@@ -111,8 +111,9 @@ def langevin_of_posteriors(
 ) -> Tensor:
     """sgmcmc.sgld or .sghmc with all rows in a step, a chain after the other: kept weights [c, n, p].
 
-    share, stiffness: the step is this share of that which is just stable in the stiffest direction of the log posterior
-    of all rows; posteriors' is n times smaller and its temperature 1 / n."""
+    share, stiffness: the step is half of this share of that which is just stable in the stiffest direction of the log
+    posterior of all rows; posteriors' is n times smaller and its temperature 1 / n. Its steps of SGHMC are explicit,
+    stable only below friction / frequency^2: the friction is the highest frequency, which allows the longest."""
     import posteriors
 
     torch.manual_seed(seed)
@@ -121,12 +122,10 @@ def langevin_of_posteriors(
         transform = posteriors.sgmcmc.sgld.build(
             _log_posterior(problem), lr=share * n / stiffness, temperature=1 / n
         )
-    else:  # momenta of mass n and friction of one a unit of time, in units of the log posterior of all rows
+    else:
+        frequency = math.sqrt(stiffness / n)
         transform = posteriors.sgmcmc.sghmc.build(
-            _log_posterior(problem),
-            lr=share * math.sqrt(n / stiffness),
-            alpha=1 / math.sqrt(n),
-            temperature=1 / n,
+            _log_posterior(problem), lr=0.5 * share / frequency, alpha=frequency, temperature=1 / n
         )
     batch = (problem.x, problem.y)
     chains = []
