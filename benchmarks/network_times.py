@@ -163,6 +163,9 @@ def mean_field(case: Case, seed: int) -> dict[str, Side]:
     draws = lambda q: q.sample(128, torch.Generator().manual_seed(0))  # noqa: E731
     seconds, (q, _) = timed(lambda: MFVI().fit(problem))
     sides: dict[str, Side] = {"fspace": (seconds, case.of_states(draws(q)), {})}
+    longer = replace(case.fresh(seed), training=Training(2 * EPOCHS, BATCH))
+    more, (q, _) = timed(lambda: MFVI().fit(longer))
+    sides["fspace, twice the passes"] = (more, case.of_states(draws(q)), {})
     for name, package, work in (
         ("posteriors", "posteriors", vi_of_posteriors),
         ("pyro", "pyro", autonormal),

@@ -1,5 +1,7 @@
 """Laplace's approximation against the closed form of linear regression and dense algebra done another way."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.func import functional_call, hessian
@@ -157,7 +159,7 @@ def test_predictions_are_those_of_the_dense_precision(small, structure, layers):
     covariance = found.distribution.covariance(eye, eye)
     if structure == "full":
         noise = found.likelihood
-        at = problem.__class__(**{**problem.__dict__, "likelihood": noise})
+        at = replace(problem, likelihood=noise)
         h, _ = dense(at, theta, region)
         scale = problem.scales[region.first : region.last]
         exact = torch.linalg.inv((h + eye) / scale / scale[:, None])
