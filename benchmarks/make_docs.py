@@ -17,6 +17,7 @@ from typing import Any
 import common
 import published
 import sections_models
+import sections_networks
 
 PAGE = common.ROOT / "docs" / "benchmarks.md"
 BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -465,7 +466,13 @@ def _between(result: dict[str, Any]) -> str:
         ]
         cut = any(method == reference for method, _, _ in result["tables"]["in-between"]["stopped"])
         note = ", which the budget ended before it had converged" if cut else ""
+        chains = result["tables"]["in-between"].get("chains", {}).get(reference)
         parts.append(f"### As a function, from {reference}{note}\n\n" + table(head, body))
+        if chains:
+            parts.append(
+                f"Chains of {reference}: R-hat of function values, at rows and between them, at most"
+                f" {chains['rhat']:.3f}; at least {chains['ess']:.0f} effective draws."
+            )
     return "\n\n".join(
         [
             *parts,
@@ -588,6 +595,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
         )
     },
     "compare": compare,
+    "network_times": partial(sections_networks.network_times, table=table, where=where),
 }
 
 

@@ -183,8 +183,8 @@ class BNNRegressor(RegressionFront, BNNEstimator):
     """Regression by a neural network with a prior over its weights.
 
     inference: how the posterior over weights is had: "map", "ensemble", "laplace", "dropout", "mfvi", "swag",
-        "multiswag", "functional_laplace", "sgld", "sghmc", "csgld", "nuts", "fvi", "functional_prior"; or one of the
-        classes of `fspace.inference.weights` with settings of its own.
+        "multiswag", "functional_laplace", "sgld", "sghmc", "csgld", "hmc", "nuts", "fvi", "functional_prior"; or one of
+        the classes of `fspace.inference.weights` with settings of its own.
     network: "mlp" (fully connected, with layers of the sizes `hidden` and this `activation`), or a torch module of
         Linear and Conv layers that reads rows and has as many outputs as y (twice as many where noise varies).
     prior: "scaled" (weights N(0, 2 / fan-in), biases N(0, 1)), a number (the standard deviation of every weight), or

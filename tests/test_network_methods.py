@@ -10,6 +10,7 @@ import fspace
 from fspace.errors import NumericalError
 from fspace.front import FunctionEstimator
 from fspace.inference.weights import (
+    HMC,
     METHODS,
     NUTS,
     SGHMC,
@@ -26,6 +27,7 @@ FEW = {  # settings under which samplers are quick
     "sgld": SGLD(8, 2, 2),
     "sghmc": SGHMC(8, 2, 2),
     "csgld": CyclicalSGLD(8, 2, 2),
+    "hmc": HMC(8, 2, 5),
     "nuts": NUTS(8, 2, 5, 3),
     "functional_prior": FunctionalPrior(steps=20, samples=8, chains=2, thinning=2),
 }

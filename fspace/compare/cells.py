@@ -153,6 +153,9 @@ def _fit_and_measure(cell: Cell, row: dict[str, Any]) -> None:
     )  # what it takes on a machine that is busy with other things too
     if getattr(model, "interrupted_", False):
         row |= {"status": "stopped", "reason": _stopped(cell.budget.seconds, row["fit_seconds"])}
+    told = getattr(model, "diagnostics_", None) or {}
+    if "rhat" in told:
+        row["chains"] = {"rhat": float(told["rhat"]), "ess": float(told["ess"])}
     start = time.perf_counter()
     with torch.no_grad():
         predictive = predictive_of(model, problem.x_test)

@@ -23,6 +23,7 @@ from fspace.predictive_base import check_seed
 from fspace.progress import progress
 from fspace.runs import TASKS, FitRun, load_columns, target_numbers
 
+AGREED = 1.05  # R-hat below which chains of the reference agree
 DEFAULT_OUT = "fspace-compare"
 
 
@@ -96,12 +97,13 @@ def compare_table(run: CompareRun, quiet: bool = False) -> dict[str, Any]:
 
 
 def _reference(results: Results) -> str | None:
-    """The method that others are compared with as functions: HMC where the budget let it end, else the exact Gaussian
-    process of the same prior."""
+    """The method that others are compared with as functions: HMC where it came to its end and its chains agree, else
+    the exact Gaussian process of the same prior."""
     known = [row for row in results.rows if "probe_mean" in row.get("functions", {})]
     for name in (REFERENCE, WIDE):
-        status = {row["status"] for row in known if row["method"] == name}
-        if status == {"ok"}:
+        rows = [row for row in known if row["method"] == name]
+        agree = all(row["chains"]["rhat"] < AGREED for row in rows if "chains" in row)  # NaN is no agreement
+        if {row["status"] for row in rows} == {"ok"} and agree:
             return name
     return None
 

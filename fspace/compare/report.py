@@ -268,10 +268,17 @@ def _distances(results: Results, dataset: str, reference: str | None) -> str:
             "width where no data",
         )
     )
+    chains = results.worst_chains(dataset, reference)
+    agreed = (
+        ""
+        if chains is None
+        else f" Its chains: R-hat of function values at most {chains[0]:.3f}, at least {chains[1]:.0f} effective draws."
+    )
     return (
         f"<p class='note'>Distance of f from {escape(reference)} as a function, at probes over the inputs, in units of "
         "y; the last column is the ratio of standard deviations where no training input is near, below 1 where a "
-        f"method is too sure.</p><div class='wide'><table><tr><th></th>{head}</tr>{''.join(lines)}</table></div>"
+        f"method is too sure.{agreed}</p>"
+        f"<div class='wide'><table><tr><th></th>{head}</tr>{''.join(lines)}</table></div>"
     )
 
 

@@ -87,6 +87,15 @@ class Results:
         found = {str(name): values[name].dropna().to_numpy() for name in values.columns}
         return {name: (float(v.mean()), standard_error(v, share)) for name, v in found.items() if len(v)}
 
+    def worst_chains(self, dataset: str, method: str) -> tuple[float, float] | None:
+        """The largest R-hat and the least effective size of function values that a sampler tells of, over its splits;
+        None of a method without chains."""
+        rows = [row for row in self.rows if row["dataset"] == dataset and row["method"] == method]
+        told = [row["chains"] for row in rows if "chains" in row]
+        if not told:
+            return None
+        return max(chains["rhat"] for chains in told), min(chains["ess"] for chains in told)
+
     def distances(self, dataset: str, reference: str, noise_variance: float) -> pd.DataFrame:
         """How far every method is from the reference method as a function, split by split: index (method, split), a
         column each measure of `function_distances`. "chance" is the reference against half of its own draws: what two

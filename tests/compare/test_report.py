@@ -281,7 +281,7 @@ def test_what_cannot_be_is_refused_in_one_line(run, houses, args, words):
         assert word in err, err
 
 
-def test_hmc_is_the_reference_only_where_it_ended():
+def test_hmc_is_the_reference_only_where_it_ended_and_its_chains_agree():
     """Draws of a sampler that the budget cut are no reference; the exact limit then is."""
     rows = [
         {"method": name, "status": status, "functions": {"probe_mean": []}}
@@ -290,6 +290,9 @@ def test_hmc_is_the_reference_only_where_it_ended():
     assert command._reference(Results(rows, "")) == "wide network"
     assert command._reference(Results(rows[::2], "")) == "HMC"
     assert command._reference(Results(rows[:2], "")) is None
+    for rhat, reference in ((1.02, "HMC"), (1.2, "wide network"), (math.nan, "wide network")):
+        rows[0]["chains"] = {"rhat": rhat, "ess": 500.0}
+        assert command._reference(Results(rows[::2], "")) == reference
 
 
 def test_rates_that_have_no_direction_are_refused():

@@ -7,6 +7,7 @@ from fspace.inference.weights.ensemble import MAP, Ensemble
 from fspace.inference.weights.functional_laplace import FunctionalLaplace
 from fspace.inference.weights.functional_prior import FunctionalPrior
 from fspace.inference.weights.fvi import FunctionVI
+from fspace.inference.weights.hmc import HMC
 from fspace.inference.weights.laplace import Laplace
 from fspace.inference.weights.method import Method
 from fspace.inference.weights.mfvi import MFVI
@@ -29,6 +30,7 @@ METHODS: dict[str, type[Any]] = {
         SGLD,
         SGHMC,
         CyclicalSGLD,
+        HMC,
         NUTS,
         FunctionVI,
         FunctionalPrior,
@@ -36,6 +38,7 @@ METHODS: dict[str, type[Any]] = {
 }
 
 __all__ = [
+    "HMC",
     "METHODS",
     "MAP",
     "MFVI",

@@ -1,6 +1,7 @@
 """Whether chains agree: split R-hat and effective sample size, of function values rather than of weights.
 
-Weights of a network can change places without the function changing, so R-hat of weights says nothing.
+Weights of a network can change places without the function changing: chains whose functions agree may have weights
+that do not, so R-hat of weights says something of linear models alone.
 Sources: Gelman et al. (2013, section 11.4); Geyer (1992); Stan reference manual, effective sample size.
 """
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fspace.inference.weights.problem import Problem
 
-WATCHED = 64  # rows whose function values are watched
+WATCHED = 64  # rows, and points halfway between rows, at which function values are watched
 
 
 def split(values: Float[Tensor, "c n *k"]) -> Float[Tensor, "d m *k"]:
@@ -54,14 +55,21 @@ def effective_size(values: Float[Tensor, "c n *k"]) -> Float[Tensor, "*k"]:
 
 @torch.no_grad()
 def watch(problem: Problem, states: Float[Tensor, "c n q"]) -> None:
-    """R-hat and effective size of function values at up to 64 rows and of log noises, into the figures."""
-    at = torch.randperm(problem.n, generator=problem.generator_cpu(9))[:WATCHED].to(states.device)
+    """R-hat and effective size (the worst) of function values and log noises into the figures, and R-hat of weights.
+
+    Functions are watched at up to 64 rows and halfway between as many pairs of them, for chains may agree at the data
+    and not between. Sequences, which may differ in length, are watched at the rows alone.
+    """
     c, n = states.shape[:2]
-    flat = states.flatten(0, 1)
-    w, tail = problem.split(flat)
-    f = problem.likelihood.functions(problem.network.many(w, problem.x[at])).flatten(1)
-    values = torch.cat([f, tail], dim=1).double().reshape(c, n, -1)
     if n < 4:
         return
+    at = torch.randperm(problem.n, generator=problem.generator_cpu(9))[:WATCHED].to(states.device)
+    x = problem.x[at]
+    if x.ndim != 3:
+        x = torch.cat([x, 0.5 * (x + x.roll(1, 0))])
+    w, tail = problem.split(states.flatten(0, 1))
+    f = torch.cat([problem.likelihood.functions(problem.network.many(part, x)) for part in w.split(256)])
+    values = torch.cat([f.flatten(1), tail], dim=1).double().reshape(c, n, -1)
     problem.report.figures["rhat"] = r_hat(values).max().item()
     problem.report.figures["ess"] = effective_size(values).min().item()
+    problem.report.figures["rhat_weights"] = r_hat(states.double()).max().item()

@@ -44,9 +44,9 @@ class FunctionalPrior:
 
     kernel: str = "matern"
     steps: int = 300
-    samples: int = 100
-    chains: int = 4
-    thinning: int = 20
+    samples: int = 160
+    chains: int = 8
+    thinning: int = 200
     name: ClassVar[str] = "functional_prior"
 
     def __post_init__(self) -> None:

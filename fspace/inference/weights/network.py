@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fspace.errors import OptionError
 from fspace.inference.weights.layer_calls import Handler, LayerCalls
-from fspace.kernels.extractors import SoftSpectralLinear
+from fspace.kernels.extractors import MLP, SoftSpectralLinear
 
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
@@ -118,6 +118,9 @@ class Network:
 
     def many(self, w: Float[Tensor, "s p"], x: Tensor) -> Float[Tensor, "s n o"]:
         """Outputs under each of s vectors."""
+        if type(self.module) is MLP and x.ndim == 2:
+            parts = [p.reshape(len(w), *s) for p, s in zip(w.split(self.sizes, dim=1), self.shapes.values())]
+            return self.module.stacked(list(zip(parts[::2], parts[1::2])), x)
         if len(w) == 1:
             return self(w[0], x)[None]
         return vmap(self, in_dims=(0, None))(w, x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -106,21 +107,22 @@ class Problem:
 
     def log_prior(self, theta: Float[Tensor, "*s q"]) -> Float[Tensor, "*s"]:
         """Log prior density of states."""
-        w, tail = self.split(theta)
-        scales = self.scales.to(w)
-        weights = -0.5 * (w / scales).square().sum(-1) - scales.log().sum()
-        noise = -0.5 * ((tail - LOG_NOISE[0]) / LOG_NOISE[1]).square().sum(-1) - tail.shape[-1] * math.log(
-            LOG_NOISE[1]
-        )
-        return weights + noise - 0.5 * theta.shape[-1] * math.log(2 * math.pi)
+        scales, means = self.prior_scales.to(theta), self.prior_means.to(theta)
+        return -0.5 * ((theta - means) / scales).square().sum(-1) - self._log_normaliser
 
-    @property
+    @cached_property
+    def _log_normaliser(self) -> float:
+        """Of the prior density of a state."""
+        tail = self.likelihood.tail * math.log(LOG_NOISE[1])
+        return self.scales.log().sum().item() + tail + 0.5 * self.size * math.log(2 * math.pi)
+
+    @cached_property
     def prior_scales(self) -> Float[Tensor, " q"]:
         """Prior standard deviation of every number of a state."""
         tail = self.scales.new_full((self.likelihood.tail,), LOG_NOISE[1])
         return torch.cat([self.scales, tail]).to(self.x)
 
-    @property
+    @cached_property
     def prior_means(self) -> Float[Tensor, " q"]:
         """Prior mean of every number of a state."""
         means = torch.zeros(self.size, dtype=torch.float64, device=self.x.device)

@@ -36,9 +36,9 @@ class _Chains:
     64 rows) are in the figures.
     """
 
-    samples: int = 100
-    chains: int = 4
-    thinning: int = 20
+    samples: int = 160
+    chains: int = 8
+    thinning: int = 200
     warmup: float = 0.3
     name: ClassVar[str] = ""
 
@@ -120,11 +120,12 @@ def _white(u: Tensor, generator: torch.Generator) -> Tensor:
 class SGLD(_Chains):
     """Stochastic-gradient Langevin dynamics (Welling and Teh 2011), with a constant step of step_size over the largest
     curvature: variances in the stiffest direction come out 1 / (1 - step_size / 2) times too large, and the softest
-    take 1 / step_size times the condition number of steps to be explored. The preconditioner is fixed, so it adds no
-    error."""
+    take 1 / step_size times the condition number of steps to be explored: where noise is small, R-hat says that these
+    settings are not enough, and `SGHMC`, which takes the square root of that, is the better choice. The preconditioner
+    is fixed, so it adds no error."""
 
-    step_size: float = 0.2
-    thinning: int = 50
+    step_size: float = 0.4
+    thinning: int = 800
     name: ClassVar[str] = "sgld"
 
     def _moves(self, space: Whitened, u: Tensor, stiffness: float, steps: int) -> Iterator[Tensor]:
@@ -169,8 +170,11 @@ class SGHMC(_Chains):
 @dataclass(frozen=True)
 class CyclicalSGLD(_Chains):
     """Langevin dynamics whose step goes from step_size down to nothing in each of `cycles`: the first half of a cycle
-    explores without noise, the second samples. Source: Zhang et al. (2020)."""
+    explores without noise, the second samples. Each cycle samples around a mode, so that R-hat tells how different the
+    modes are as functions. Source: Zhang et al. (2020)."""
 
+    samples: int = 100
+    chains: int = 4
     step_size: float = 0.5
     cycles: int = 4
     thinning: int = 50

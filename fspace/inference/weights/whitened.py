@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -20,13 +21,23 @@ class Whitened:
     problem: Problem
     precondition: Float[Tensor, " q"]
 
+    @cached_property
+    def centre(self) -> Float[Tensor, " q"]:
+        """The state at u = 0."""
+        return self.problem.prior_means
+
+    @cached_property
+    def scales(self) -> Float[Tensor, " q"]:
+        """How far a state moves with u."""
+        return self.problem.prior_scales * self.precondition
+
     def theta(self, u: Float[Tensor, "*s q"]) -> Float[Tensor, "*s q"]:
         """States at coordinates."""
-        return self.problem.prior_means + self.problem.prior_scales * self.precondition * u
+        return self.centre + self.scales * u
 
     def coordinates(self, theta: Float[Tensor, "*s q"]) -> Float[Tensor, "*s q"]:
         """Coordinates of states."""
-        return (theta - self.problem.prior_means) / (self.problem.prior_scales * self.precondition)
+        return (theta - self.centre) / self.scales
 
     def energy(self, u: Float[Tensor, "s q"], rows: Tensor) -> Float[Tensor, " s"]:
         """Energies, from some rows for all."""
@@ -36,9 +47,16 @@ class Whitened:
 
     def gradient(self, u: Float[Tensor, "s q"], rows: Tensor) -> Float[Tensor, "s q"]:
         """Slopes of the energies."""
+        return self.energy_and_gradient(u, rows)[1]
+
+    def energy_and_gradient(
+        self, u: Float[Tensor, "s q"], rows: Tensor
+    ) -> tuple[Float[Tensor, " s"], Float[Tensor, "s q"]]:
+        """Energies and their slopes."""
         with torch.enable_grad():
             u = u.detach().requires_grad_()
-            return torch.autograd.grad(self.energy(u, rows).sum(), u)[0]
+            energy = self.energy(u, rows)
+            return energy.detach(), torch.autograd.grad(energy.sum(), u)[0]
 
     def squares(self, u: Float[Tensor, " q"], rows: Tensor) -> Float[Tensor, "b q"]:
         """Slope of the log density of each row (empirical Fisher: the sum of squares is about the curvature)."""

@@ -1,5 +1,7 @@
 """Laplace's approximation against the closed form of linear regression and dense algebra done another way."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.func import functional_call, hessian
@@ -12,6 +14,7 @@ from fspace.inference.weights.likelihoods import GaussianNoise, VaryingNoise
 from fspace.inference.weights.posterior import posterior_of
 from fspace.inference.weights.problem import Training
 
+KNOWN = {"likelihood": GaussianNoise(1, torch.tensor([0.05]).double().log())}
 CONVERGED = Training(epochs=600, batch_size=60, learning_rate=0.1)  # to 1e-8 on the linear problem
 
 
@@ -156,7 +159,7 @@ def test_predictions_are_those_of_the_dense_precision(small, structure, layers):
     covariance = found.distribution.covariance(eye, eye)
     if structure == "full":
         noise = found.likelihood
-        at = problem.__class__(**{**problem.__dict__, "likelihood": noise})
+        at = replace(problem, likelihood=noise)
         h, _ = dense(at, theta, region)
         scale = problem.scales[region.first : region.last]
         exact = torch.linalg.inv((h + eye) / scale / scale[:, None])
@@ -172,6 +175,47 @@ def test_predictions_are_those_of_the_dense_precision(small, structure, layers):
     torch.testing.assert_close(f[0](problem.x[3:5]), f[0](problem.x)[3:5])
     move = found.distribution.deviations(2, torch.Generator().manual_seed(3))[0]
     torch.testing.assert_close(f[0](problem.x), latent.mean + j @ move)
+
+
+@pytest.mark.parametrize("classes", [0, 4])
+def test_covariances_are_inverses_of_precisions_written_out(small, classes):
+    """Diagonal and Kronecker-factored covariances of all weights from Jacobians by hand: of a layer tanh(V x + b) and
+    outputs W h + c, the factors of the first are sum (x, 1)(x, 1)' and mean (dh W)' Lambda (dh W), and so on."""
+    problem = small(classes=classes, training=Training(epochs=100), **({} if classes else KNOWN))
+    eye = torch.eye(problem.network.size).double()
+    prior = problem.scales.square().reciprocal()
+    for structure in ("diagonal", "kronecker"):
+        found = posterior(problem, Laplace(structure, "all", tune=False))
+        theta, outputs = found.distribution.mean, problem.likelihood.outputs
+        v, b, w, c = theta.split([10, 5, 5 * outputs, outputs])
+        h, w = torch.tanh(problem.x @ v.reshape(5, 2).mT + b), w.reshape(outputs, 5)
+        back = w * (1 - h.square())[:, None, :]  # derivatives of outputs in what goes into tanh [n, o, 5]
+        one = torch.ones(40, 1).double()
+        inner = [torch.cat([problem.x, one], 1), torch.cat([h, one], 1)]
+        outer = [back, torch.eye(outputs).double().expand(40, -1, -1)]
+        lam = problem.likelihood.curvature(h @ w.mT + c, theta.new_zeros(0))
+        precision = torch.zeros_like(eye)
+        at = 0
+        for a, g in zip(inner, outer):
+            i, o = a.shape[1], g.shape[2]
+            # the order of weights: those of unit after unit, then all biases
+            place = torch.cat(
+                [torch.arange(o * (i - 1)).reshape(o, -1), o * (i - 1) + torch.arange(o)[:, None]], 1
+            )
+            place = (at + place).flatten()
+            square = torch.einsum("noa,nop,npb->nab", g, lam, g)
+            if structure == "kronecker":
+                block = torch.kron(square.mean(0), a.mT @ a)
+            else:
+                block = torch.diag_embed(
+                    torch.einsum("na,nb->ab", square.diagonal(dim1=1, dim2=2), a.square()).flatten()
+                )
+            precision[place[:, None], place] = block
+            at += o * i
+        exact = torch.linalg.inv(precision + torch.diag(prior))
+        torch.testing.assert_close(found.distribution.covariance(eye, eye), exact, atol=1e-10, rtol=1e-7)
+        other = torch.linalg.inv(precision + 1.01 * torch.diag(prior))
+        assert not torch.allclose(found.distribution.covariance(eye, eye), other, atol=1e-10, rtol=1e-7)
 
 
 def test_class_probabilities_average_over_linearised_functions(small):

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from fspace.errors import OptionError
-from fspace.inference.weights import NUTS, SGHMC, SGLD, SWAG, CyclicalSGLD
-from fspace.inference.weights.chains import effective_size, r_hat, split
+from fspace.inference.weights import HMC, NUTS, SGHMC, SGLD, SWAG, CyclicalSGLD, hmc
+from fspace.inference.weights.chains import effective_size, r_hat, split, watch
 from fspace.inference.weights.likelihoods import GaussianNoise
 from fspace.inference.weights.problem import Training
 from fspace.inference.weights.whitened import Whitened, preconditioned
+from fspace.kernels import MLP
 
 SHORT = Training(epochs=200, batch_size=60, learning_rate=0.1)
 
@@ -103,27 +104,111 @@ def test_nuts_has_the_closed_form_and_tells_of_its_chains(linear):
     assert not agrees(points.states, case, figures["ess"])
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
+def test_hmc_has_the_closed_form(linear, temperature):
+    case = linear(temperature=temperature)
+    points, _ = HMC(samples=1600, chains=16, warmup=60).fit(case.problem)
+    figures = case.problem.report.figures
+    assert figures["rhat"] < 1.05 and figures["rhat_weights"] < 1.05 and figures["divergences"] == 0
+    assert 0.6 < figures["acceptance"] < 0.95 and figures["ess"] > 300
+    assert agrees(points.states, case, figures["ess"])
+    case.covariance = case.covariance * 1.5
+    assert not agrees(points.states, case, figures["ess"])
+
+
+def test_hmc_without_its_acceptance_step_is_wrong(linear, monkeypatch):
+    """The twin: every proposal taken, at a step at which three in ten should be. Leapfrog steps alone sample variances
+    1 / (1 - (step * frequency / 2)^2) times too large."""
+    sampler = HMC(samples=1600, chains=16, warmup=60, acceptance=0.3)
+    case = linear()
+    points, _ = sampler.fit(case.problem)
+    assert agrees(points.states, case, case.problem.report.figures["ess"])
+    whole = hmc._Point.moved
+    monkeypatch.setattr(hmc._Point, "moved", lambda self, other, where: whole(self, other, where | True))
+    case = linear()
+    points, _ = sampler.fit(case.problem)
+    assert not agrees(points.states, case, case.problem.report.figures["ess"])
+
+
+def test_trajectories_turn_back_and_keep_their_energy(small):
+    """What leapfrog steps promise: reversible, of second order; energies are minus the log joint density."""
+    problem = small(hidden=(5,))
+    target = hmc._Target(problem)
+    u = target.space.coordinates(problem.start(3))
+    at = hmc._Point(u, *target(u))
+    momentum = torch.randn(u.shape, generator=torch.Generator().manual_seed(0), dtype=u.dtype)
+    end, gain = hmc.trajectory(target, at, momentum, 1e-3, 64)
+    _, finer = hmc.trajectory(target, at, momentum, 5e-4, 128)
+    torch.testing.assert_close(gain / finer, torch.full((3,), 4.0).double(), rtol=0.05, atol=0)
+    theta = target.space.theta(u)
+    joint = problem.log_likelihood(theta, problem.x, problem.y).sum(-1) + problem.log_prior(theta)
+    torch.testing.assert_close(at.energy - at.energy[0], joint[0] - joint)
+    # the momentum at the end, which is not returned: u(last step) = u(before) + h (p + h / 2 slope), p at the end
+    before, _ = hmc.trajectory(target, at, momentum, 1e-3, 63)
+    last = (end.u - before.u) / 1e-3 - 0.5e-3 * end.slope
+    assert (last - momentum).norm() > 0.1  # the slope has been felt
+    back, loss = hmc.trajectory(target, end, -last, 1e-3, 64)
+    torch.testing.assert_close(back.u, u, atol=1e-8, rtol=0)
+    torch.testing.assert_close(loss, -gain, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("hidden", [(), (3,)])
-def test_sghmc_agrees_with_nuts(small, hidden):
+def test_hmc_and_sghmc_agree_with_nuts(small, hidden):
     """Means and deviations of function values (and of the unknown log noise of a linear model), within Monte Carlo
-    errors. Noise of the network is known and wide, so that chains cross between its modes."""
+    errors; those of a colder posterior do not. Noise of the network is known and wide, so that chains cross between
+    its modes."""
     pytest.importorskip("pyro")
-    known = {"likelihood": GaussianNoise(1, torch.zeros(1).double())} if hidden else {}
-    values, sizes = [], []
-    for method in (
-        NUTS(200, chains=2, warmup=100, max_tree_depth=6),
-        SGHMC(samples=800, chains=40, thinning=20),
-    ):
-        problem = small(n=12, hidden=hidden, training=Training(epochs=50), **known)
-        points, _ = method.fit(problem)
-        w, tail = problem.split(points.states)
-        values.append(torch.cat([problem.network.many(w, problem.x[:8])[..., 0], tail], 1))
-        sizes.append(problem.report.figures["ess"])
-    (a, b), ess = values, min(sizes)
+    options = {"n": 12, "hidden": hidden, "training": Training(epochs=50)}
+    if hidden:
+        options["likelihood"] = GaussianNoise(1, torch.zeros(1).double())
+    theirs, other = values_of(NUTS(300, chains=2, warmup=100, max_tree_depth=6), small(**options))
+    for sampler in (HMC(samples=1600, warmup=60), SGHMC(samples=800, chains=40, thinning=20)):
+        ours, size = values_of(sampler, small(**options))
+        assert min(size, other) > 40 and same_moments(ours, theirs, min(size, other))
+    cold, _ = values_of(HMC(samples=1600, warmup=60), small(temperature=0.3, **options))
+    assert not same_moments(cold, theirs, other)
+
+
+def values_of(method, problem):
+    """Function values at eight rows and log noises of all draws, and their effective size."""
+    points, _ = method.fit(problem)
+    w, tail = problem.split(points.states)
+    return torch.cat([problem.network.many(w, problem.x[:8])[..., 0], tail], 1), problem.report.figures["ess"]
+
+
+def same_moments(a, b, ess):
+    """Means within five standard errors, deviations within five of theirs."""
     spread = b.std(0)
-    assert ess > 40
-    assert ((a.mean(0) - b.mean(0)).abs() < 5 * spread * (2 / ess) ** 0.5).all()
-    assert ((a.std(0) / spread).log().abs() < 5 / ess**0.5).all()
+    near = ((a.mean(0) - b.mean(0)).abs() < 5 * spread * (2 / ess) ** 0.5).all()
+    return bool(near) and bool(((a.std(0) / spread).log().abs() < 5 / ess**0.5).all())
+
+
+def test_hmc_refuses_what_it_cannot_do(small):
+    with pytest.raises(OptionError, match="small"):
+        HMC().fit(small(hidden=(2000,)))
+    for options, words in (
+        ({"samples": 0}, "samples"),
+        ({"length": 0.0}, "length"),
+        ({"acceptance": 1.0}, "acceptance"),
+    ):
+        with pytest.raises(OptionError, match=words):
+            HMC(**options)
+
+
+def test_chains_that_agree_at_the_rows_and_not_between_are_told(made):
+    """Functions with a tooth between the rows, whose height depends on the chain."""
+    x = torch.tensor([-1.0, 1.0]).double().repeat(8)[:, None]
+    problem = made(MLP(1, (3,), 1, "relu"), x, 0 * x, likelihood=GaussianNoise(1, torch.zeros(1).double()))
+    g = torch.Generator().manual_seed(0)
+    height = torch.arange(4.0).double()[:, None] + 0.1 * torch.randn(4, 50, generator=g, dtype=torch.float64)
+    base = 0.1 * torch.randn(4, 50, generator=g, dtype=torch.float64)
+    one, half = torch.ones(4, 50).double(), torch.full((4, 50), 0.5).double()
+    first = torch.stack([one, one, one, half, 0 * one, -half], -1)  # relu(x + 1/2), relu(x), relu(x - 1/2)
+    states = torch.cat([first, torch.stack([2 * height, -4 * height, 2 * height, base], -1)], -1)
+    at_rows = problem.network.many(states.flatten(0, 1), x)[..., 0].reshape(4, 50, -1)
+    assert r_hat(at_rows).max() < 1.05
+    watch(problem, states)
+    assert problem.report.figures["rhat"] > 5
 
 
 def test_nuts_refuses_what_is_too_large(small):
