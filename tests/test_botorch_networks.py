@@ -22,7 +22,7 @@ from fspace.botorch_draws import DrawnFunctions
 from fspace.errors import OptionError
 from fspace.inference.gp import Scaling
 from fspace.inference.numerics import seeded
-from fspace.inference.weights import METHODS, Laplace
+from fspace.inference.weights import METHODS, NUTS, Laplace
 from fspace.inference.weights.likelihoods import GaussianNoise
 from fspace.inference.weights.network import Network
 from fspace.inference.weights.posterior import posterior_of
@@ -53,7 +53,8 @@ def fitted(name, outputs=1):
         x = inputs(20)
         y = hill(x) if outputs == 1 else torch.stack([hill(x), x[:, 0]], 1)
         options = {"hidden": (12,), "activation": "tanh", "epochs": 60, "likelihood": "gaussian"}
-        _fitted[name, outputs] = fspace.BNNRegressor(name, progress=False, **options).fit(x, y).posterior_
+        method = NUTS(samples=16, chains=1, warmup=16, max_tree_depth=4) if name == "nuts" else name
+        _fitted[name, outputs] = fspace.BNNRegressor(method, progress=False, **options).fit(x, y).posterior_
     return _fitted[name, outputs]
 
 
