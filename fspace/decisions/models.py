@@ -10,26 +10,27 @@ KERNELS = ("matern", "rbf", "neural", "deep")  # of GPs; "neural" is the infinit
 
 
 def named_model(name: str, seed: int = 0) -> Any:
-    """An estimator: a GP with one of KERNELS, "hmc", or a network by a method of `fspace.inference.weights.METHODS`.
+    """An estimator: a GP with one of KERNELS, or a network by a method of `fspace.inference.weights.METHODS`.
 
-    Networks have two hidden layers of 32 and constant noise, and take 500 steps over all rows. "hmc" (and "nuts") is
-    one chain of 64 states after 64 of warm-up, of one layer of 16: few for a posterior, many for one experiment.
+    Networks have two hidden layers of 32 and constant noise, and take 500 steps over all rows; those of "hmc" (16
+    chains) and "nuts" (one) one layer of 16, with 128 and 64 states: few for a posterior, many for one experiment.
     Raises OptionError.
     """
     from fspace.estimators import GPRegressor
-    from fspace.inference.weights import METHODS, NUTS, Ensemble
+    from fspace.inference.weights import HMC, METHODS, NUTS, Ensemble
     from fspace.network_estimators import BNNRegressor
 
     if name in KERNELS:
         return GPRegressor(kernel=name, inference="exact", progress=False, seed=seed)
-    if name not in ("hmc", *METHODS):
+    if name not in METHODS:
         raise OptionError(
-            f"model={name!r} does not exist; choose one of {', '.join((*KERNELS, 'hmc', *METHODS))}, or pass an "
-            "estimator."
+            f"model={name!r} does not exist; choose one of {', '.join((*KERNELS, *METHODS))}, or pass an estimator."
         )
     hidden: tuple[int, ...] = (32, 32)
-    method: Any = METHODS[name]() if name in METHODS else None
-    if name in ("hmc", "nuts"):
+    method: Any = METHODS[name]()
+    if name == "hmc":
+        hidden, method = (16,), HMC(samples=128, warmup=100)
+    if name == "nuts":
         hidden, method = (16,), NUTS(samples=64, chains=1, warmup=64, max_tree_depth=5)
     if name == "ensemble":
         method = Ensemble(held_out=0.0)  # every experiment counts
