@@ -33,7 +33,7 @@ from fspace.kernels import MLP
 BOX = torch.tensor([[0.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
 GAUSSIAN = ("laplace", "functional_laplace")
 DRAWN = ("ensemble", "mfvi", "map")
-SLOW = ("swag", "dropout", "sgld", "fvi", "nuts", "functional_prior", "sghmc", "csgld", "multiswag")
+SLOW = ("swag", "dropout", "sgld", "fvi", "hmc", "nuts", "functional_prior", "sghmc", "csgld", "multiswag")
 
 
 def inputs(n, seed=0):
