@@ -33,8 +33,8 @@ class MFVI:
     weight given the others (1 / the diagonal of the precision), hence too small.
 
     It is trained at three times the learning rate of a network, and for 2.5 times as many passes where `epochs` is
-    None: with fewer its bound is still rising. Over the first three tenths of the steps the divergence comes to count in
-    full (Sonderby et al. 2016); from the start in full, units are lost before they have learned anything.
+    None: with fewer its bound is still rising. Over the first three tenths of the steps the divergence comes to
+    count in full (Sonderby et al. 2016); in full from the start, units are lost before they have learned anything.
 
     tune: one factor on the prior variances of each layer by the bound, of which the best is known at every step: the
         mean square of the layer's whitened weights under q. On few rows that bound may be best where nothing has been
