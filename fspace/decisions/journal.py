@@ -31,10 +31,13 @@ class Journal:
             ) from error
 
     def append(self, *entries: Any) -> None:
-        """Write entries and wait until the disk has them."""
-        self._file.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Write entries and wait until the disk has them. Raises ModelFileError."""
+        try:
+            self._file.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise ModelFileError(f"{str(self.path)!r} cannot be written: {error.strerror}.") from error
 
     def close(self) -> None:
         """Let go of the file."""
