@@ -183,7 +183,9 @@ def fresh(space: Space, taken: Float[Tensor, "n d"], seed: int) -> Float[Tensor,
     candidates = space.sample(CANDIDATES, seed)
     left = candidates[~_among(candidates, taken)]
     if len(left) == 0:
-        raise InfeasibleError(f"All {len(candidates.unique(dim=0))} settings of the space have been tried, or asked for.")
+        raise InfeasibleError(
+            f"All {len(candidates.unique(dim=0))} settings of the space have been tried, or asked for."
+        )
     return left
 
 

@@ -152,7 +152,9 @@ def learn_to_control(
             fitted = fit(np.array(inputs), np.array(changes))
             posterior = getattr(fitted, "posterior_", fitted)
             if not isinstance(posterior, FunctionPosterior):
-                raise OptionError(f"fit gave {fitted!r}, which is neither a posterior nor a fitted estimator.")
+                raise OptionError(
+                    f"fit gave {fitted!r}, which is neither a posterior nor a fitted estimator."
+                )
             if posterior.num_outputs != len(state):
                 raise OptionError(
                     f"fit gave a posterior of {posterior.num_outputs} outputs for the changes of {len(state)} states."

@@ -298,7 +298,9 @@ class Optimizer:
             except (TypeError, ValueError, OverflowError) as error:
                 raise DataError(f"Result {i}: {name}={given[name]!r} is no number.") from error
             if abs(values[name]) > MOST and math.isfinite(values[name]):
-                raise DataError(f"Result {i}: {name} is {values[name]}, whose square overflows; take other units.")
+                raise DataError(
+                    f"Result {i}: {name} is {values[name]}, whose square overflows; take other units."
+                )
             if not math.isfinite(values[name]):
                 raise DataError(
                     f"Result {i}: {name} is {values[name]}. Of an experiment that failed tell nothing; `drop` it."
@@ -361,10 +363,22 @@ def optimize(
 
     f gives a number, or {outcome: number}. batch: configurations chosen at a time. progress: a line on stderr after
     every batch. options: of `Optimizer`; with state=... a run that was killed goes on where it was, what was pending
-    is evaluated first.
+    is evaluated first. After Ctrl-C what was told is given back.
     """
     optimizer = Optimizer(space, **options)
     check_count(evaluations, 2), check_count(batch, 1)
+    try:
+        _evaluate(optimizer, f, evaluations, batch, progress)
+    except KeyboardInterrupt:
+        if not optimizer.told:
+            raise
+        print(f"Interrupted after {len(optimizer.told)} of {evaluations}.", file=sys.stderr)
+    return optimizer
+
+
+def _evaluate(
+    optimizer: Optimizer, f: Callable[..., Any], evaluations: int, batch: int, progress: bool
+) -> None:
     started = time.perf_counter()
     while len(optimizer.told) < evaluations:
         missing = min(batch, evaluations - len(optimizer.told)) - len(optimizer.pending)
@@ -376,7 +390,6 @@ def optimize(
             optimizer.tell(configuration, f(dict(configuration)))
         if progress:
             print(_line(optimizer, evaluations, time.perf_counter() - started), file=sys.stderr, flush=True)
-    return optimizer
 
 
 def _ask_for(optimizer: Optimizer, count: int) -> None:

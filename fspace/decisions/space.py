@@ -244,7 +244,9 @@ def _setting(name: str, value: Any) -> Any:
         value = [choice.item() if isinstance(choice, np.generic) else choice for choice in value]
         for choice in value:  # others would not be known again in a state file
             if not isinstance(choice, str | int | float | None) or choice != choice:
-                raise OptionError(f"{name}: category {choice!r} must be a text, a number, True, False or None.")
+                raise OptionError(
+                    f"{name}: category {choice!r} must be a text, a number, True, False or None."
+                )
         return value
     if isinstance(value, tuple) and len(value) == 2:
         with contextlib.suppress(TypeError, ValueError, OverflowError):
