@@ -217,7 +217,7 @@ class Space:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise OptionError(
                 f"This describes no space ({error!r}). Write it as {{'settings': {{'x': {{'between': [0, 1]}}, 'n': "
-                "{'whole': [1, 10]}, 'kind': {'choices': ['a', 'b']}}, 'constraints': ['x <= 0.9']}; 1 and 10 are of it."
+                "{'whole': [1, 10]}, 'kind': {'choices': ['a', 'b']}}, 'constraints': ['x <= 0.9']}, ends included."
             ) from error
         return cls(settings, constraints)
 
