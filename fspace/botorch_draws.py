@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-from fspace.errors import OptionError
+from fspace.errors import DataError, OptionError
 from fspace.posterior import FunctionPosterior
 from fspace.predictive import Samples
 

@@ -160,7 +160,8 @@ class FunctionModel(Model, FantasizeMixin):  # type: ignore[misc]
 
         observation_noise: True adds the model's, a tensor [..., q or 1, m] these variances. A posterior transform is
         applied to every component of a mixture. GPyTorch reports no variance under 1e-10, so y should not be in units
-        that make it that small. Raises OptionError when a member does not predict Gaussians, DataError for other shapes.
+        that make it that small. Raises OptionError when a member does not predict Gaussians, DataError for other
+        shapes.
         """
         if X.ndim < 2:
             raise DataError(f"X must be [..., q, d]; it is {tuple(X.shape)}. One point is X[None].")

@@ -19,7 +19,7 @@ from gpytorch.means import ZeroMean
 
 import fspace
 from fspace.botorch_draws import DrawnFunctions
-from fspace.errors import OptionError
+from fspace.errors import DataError, OptionError
 from fspace.inference.gp import Scaling
 from fspace.inference.numerics import seeded
 from fspace.inference.weights import METHODS, NUTS, Laplace
@@ -251,6 +251,16 @@ def test_a_mixture_of_linearised_networks():
     assert torch.allclose(model.posterior(x).mean[:, 0], mixed.latent(x).mean)
     seen = model.condition_on_observations(inputs(2, 5), torch.tensor([[0.0], [0.1]]).double())
     assert seen.posterior(x[None]).rsample(torch.Size([3])).shape == (3, 1, 4, 1)
+
+
+@pytest.mark.parametrize("name", ["laplace", "ensemble"])
+def test_no_points_and_too_few_dimensions(name):
+    model = fitted(name).posterior_.as_botorch()
+    for shape in ((3, 0), (0, 2)):
+        empty = inputs(1).new_empty(*shape, inputs(1).shape[-1])
+        assert model.posterior(empty).mean.shape == (*shape, 1)
+    with pytest.raises(DataError, match="One point is"):
+        model.posterior(inputs(1)[0])
 
 
 def test_refusals():

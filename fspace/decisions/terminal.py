@@ -220,7 +220,7 @@ def _inputs(fitted: Any, table: pd.DataFrame, known: Sequence[str]) -> pd.DataFr
     return table[[name for name in known if name in table.columns]]
 
 
-def _free(name: str, columns: Sequence[str]) -> str:
+def _free(name: str, columns: pd.Index) -> str:
     """A name that no column has."""
     while name in columns:
         name += "_"

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -258,6 +259,21 @@ def test_a_latent_search_goes_on_from_its_state(tmp_path):
     path.write_text(path.read_text() + '{"objects": [[1, 2]], "values": [1]}\n')
     with pytest.raises(ModelFileError, match="damaged"):
         latent(state=path)
+
+
+def test_killing_loses_no_object_that_was_told(tmp_path):
+    path, script = tmp_path / "l", Path(__file__).with_name("killed_latent.py")
+    process = subprocess.Popen([sys.executable, str(script), str(path)], stdout=subprocess.PIPE, text=True)
+    lines = [process.stdout.readline() for _ in range(20)]
+    process.kill()
+    lines += process.stdout.read().splitlines(keepends=True)
+    process.wait()
+    told = [float(line) for line in lines if line.endswith("\n")]
+    pool = np.random.default_rng(0).random((10_000, 3))
+    kept = LatentOptimizer(pool, state=path)
+    assert len(told) >= 20 and kept.values[: len(told)].tolist() == told
+    assert len(kept.values) <= len(told) + 1 and len(kept.pending) <= 1
+    assert torch.equal(kept.objects.double().sum(1), kept.values)
 
 
 def test_a_killed_latent_loop_evaluates_what_was_pending_first(tmp_path):
