@@ -255,7 +255,7 @@ def test_a_mixture_of_linearised_networks():
 
 @pytest.mark.parametrize("name", ["laplace", "ensemble"])
 def test_no_points_and_too_few_dimensions(name):
-    model = fitted(name).posterior_.as_botorch()
+    model = fitted(name).as_botorch()
     for shape in ((3, 0), (0, 2)):
         empty = inputs(1).new_empty(*shape, inputs(1).shape[-1])
         assert model.posterior(empty).mean.shape == (*shape, 1)
