@@ -148,8 +148,8 @@ class LatentOptimizer:
             y = y[:, 0]
         if x.ndim == 0 or x.shape[1:] != self.pool.shape[1:] or y.shape != x.shape[:1] or len(x) == 0:
             raise DataError(
-                f"There are {y.numel()} values, {list(y.shape)}, for objects {list(x.shape)}; they must be [n, ...] "
-                f"like the pool, {list(self.pool.shape)}, with n values."
+                f"There are {y.numel()} values for objects {list(x.shape)}; they must be [n, ...] like the pool, "
+                f"{list(self.pool.shape)}, with n values, which are {list(y.shape)}."
             )
         if not bool(y.isfinite().all()) or not bool(x.isfinite().all()):
             raise DataError("NaN was told. Of an object that could not be tried tell nothing.")
