@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
+import fspace.botorch_refusals  # noqa: F401  (drawn functions are no Gaussian)
 from fspace.errors import DataError, OptionError
 from fspace.posterior import FunctionPosterior
 from fspace.predictive import Samples
@@ -101,6 +102,8 @@ class DrawnModel(Model):  # type: ignore[misc]
     X is [..., q, d] in the units of the data; gradients flow to it through the functions. What was drawn cannot be
     conditioned: fit again. Not Gaussian, so that formulas for Gaussians are refused (Monte Carlo acquisitions are not).
     """
+
+    not_gaussian = "of drawn functions"
 
     def __init__(self, source: FunctionPosterior, outputs: Sequence[int] | None = None):
         super().__init__()

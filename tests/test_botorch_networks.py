@@ -1,5 +1,8 @@
 """Networks inside BoTorch: joint samples of functions, gradients, batches, and the linear network whose GP is known."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from botorch.acquisition import (
@@ -277,3 +280,16 @@ def test_refusals():
     assert isinstance(of_classes.posterior(x), DrawnFunctions)
     with pytest.raises(OptionError, match="Categorical"):
         of_classes.posterior(x, observation_noise=True)
+
+
+def test_formulas_are_refused_where_only_a_network_was_used():
+    """In a process of its own: what refuses must not hang on another kind of model having been imported."""
+    code = """
+import torch, fspace
+from botorch.acquisition import LogExpectedImprovement
+x = torch.rand(8, 2).double().numpy()
+model = fspace.BNNRegressor("ensemble", hidden=(4,), epochs=2, progress=False).fit(x, x[:, 0])
+LogExpectedImprovement(model.posterior_.as_botorch(), 0.0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "is a formula for Gaussians" in done.stderr
