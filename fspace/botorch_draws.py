@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-from fspace.errors import OptionError
+import fspace.botorch_refusals  # noqa: F401  (drawn functions are no Gaussian)
+from fspace.errors import DataError, OptionError
 from fspace.posterior import FunctionPosterior
 from fspace.predictive import Samples
 
@@ -102,6 +103,8 @@ class DrawnModel(Model):  # type: ignore[misc]
     conditioned: fit again. Not Gaussian, so that formulas for Gaussians are refused (Monte Carlo acquisitions are not).
     """
 
+    not_gaussian = "of drawn functions"
+
     def __init__(self, source: FunctionPosterior, outputs: Sequence[int] | None = None):
         super().__init__()
         self._source = source
@@ -127,8 +130,11 @@ class DrawnModel(Model):  # type: ignore[misc]
         """Joint posterior over the q points of each batch.
 
         observation_noise: True adds each function's own, a tensor [..., q or 1, m] these variances. Raises OptionError
-        for a posterior transform (give the acquisition function an objective), and for noise of what has none.
+        for a posterior transform (give the acquisition function an objective), and for noise of what has none,
+        DataError for other shapes.
         """
+        if X.ndim < 2:
+            raise DataError(f"X must be [..., q, d]; it is {tuple(X.shape)}. One point is X[None].")
         if posterior_transform is not None:
             raise OptionError(
                 f"{type(posterior_transform).__name__} is for Gaussian posteriors, and this one is of drawn functions; "
@@ -145,7 +151,8 @@ class DrawnModel(Model):  # type: ignore[misc]
             )
 
         def shaped(values: Tensor) -> Tensor:
-            return values.reshape(len(values), *X.shape[:-1], -1)[..., pick]
+            outputs = values.shape[2:] or (1,)  # -1 is not known of no points
+            return values.reshape(len(values), *X.shape[:-1], *outputs)[..., pick]
 
         values = shaped(predictive.values)
         noise = None if predictive.noise is None else shaped(predictive.noise)

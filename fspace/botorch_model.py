@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from botorch.acquisition import analytic
 from botorch.models.model import FantasizeMixin, Model
 from botorch.posteriors import GPyTorchPosterior, Posterior
 from botorch.sampling.get_sampler import GetSampler
@@ -15,10 +14,9 @@ from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNorm
 from jaxtyping import Float
 from linear_operator import to_linear_operator
 from torch import Tensor
-from torch.nn.modules.module import register_module_module_registration_hook
 from torch.quasirandom import SobolEngine
 
-from fspace.botorch_draws import DrawnModel
+import fspace.botorch_refusals  # noqa: F401  (mixtures are no Gaussians)
 from fspace.botorch_moments import Member, Moments, conditioned, moments_of, picked, seen
 from fspace.errors import DataError, OptionError
 from fspace.inference.numerics import MAX_JITTER, MIN_JITTER
@@ -149,6 +147,11 @@ class FunctionModel(Model, FantasizeMixin):  # type: ignore[misc]
         """Whether there is more than one component, so that no joint is Gaussian."""
         return len(self._members) > 1
 
+    @property
+    def not_gaussian(self) -> str:
+        """What it is where formulas for Gaussians do not hold."""
+        return f"a mixture of {len(self._members)}" if self.is_mixture else ""
+
     def posterior(  # type: ignore[override]
         self,
         X: Tensor,
@@ -160,8 +163,11 @@ class FunctionModel(Model, FantasizeMixin):  # type: ignore[misc]
 
         observation_noise: True adds the model's, a tensor [..., q or 1, m] these variances. A posterior transform is
         applied to every component of a mixture. GPyTorch reports no variance under 1e-10, so y should not be in units
-        that make it that small. Raises OptionError when a member does not predict Gaussians.
+        that make it that small. Raises OptionError when a member does not predict Gaussians, DataError for other
+        shapes.
         """
+        if X.ndim < 2:
+            raise DataError(f"X must be [..., q, d]; it is {tuple(X.shape)}. One point is X[None].")
         indices = range(self.num_outputs) if output_indices is None else output_indices
         chosen = [self._outputs[i] for i in indices]
         components = []
@@ -270,33 +276,3 @@ def _positive_definite(covariance: Float[Tensor, "*b g k k"], noise: Float[Tenso
         repaired = covariance + torch.diag_embed((jitter * level).expand_as(noise))
         jitter *= 10.0
     return repaired
-
-
-# These read a mean and a variance only; the other analytic functions integrate against a Gaussian.
-_FROM_MOMENTS = (
-    analytic.PosteriorMean,
-    analytic.ScalarizedPosteriorMean,
-    analytic.PosteriorStandardDeviation,
-    analytic.UpperConfidenceBound,
-)
-
-
-def _refuse_analytic_functions(module: Any, name: str, submodule: Any) -> None:
-    """Mean and variance of another distribution would silently be taken for a Gaussian's; called when a function gets
-    its model."""
-    if not isinstance(module, analytic.AnalyticAcquisitionFunction) or isinstance(module, _FROM_MOMENTS):
-        return
-    what, instead = "", ""
-    if isinstance(submodule, FunctionModel) and submodule.is_mixture:
-        what = f"a mixture of {len(submodule._members)}"
-        instead = ", or one member: posterior.members[0].as_botorch()"
-    if isinstance(submodule, DrawnModel):
-        what = "of drawn functions"
-    if what:
-        raise OptionError(
-            f"{type(module).__name__} is a formula for Gaussians, and this posterior is {what}. Use a Monte Carlo "
-            f"acquisition function (qLogExpectedImprovement, qLogNoisyExpectedImprovement, ...){instead}."
-        )
-
-
-register_module_module_registration_hook(_refuse_analytic_functions)

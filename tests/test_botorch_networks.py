@@ -1,5 +1,8 @@
 """Networks inside BoTorch: joint samples of functions, gradients, batches, and the linear network whose GP is known."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from botorch.acquisition import (
@@ -19,7 +22,7 @@ from gpytorch.means import ZeroMean
 
 import fspace
 from fspace.botorch_draws import DrawnFunctions
-from fspace.errors import OptionError
+from fspace.errors import DataError, OptionError
 from fspace.inference.gp import Scaling
 from fspace.inference.numerics import seeded
 from fspace.inference.weights import METHODS, NUTS, Laplace
@@ -253,6 +256,16 @@ def test_a_mixture_of_linearised_networks():
     assert seen.posterior(x[None]).rsample(torch.Size([3])).shape == (3, 1, 4, 1)
 
 
+@pytest.mark.parametrize("name", ["laplace", "ensemble"])
+def test_no_points_and_too_few_dimensions(name):
+    model = fitted(name).as_botorch()
+    for shape in ((3, 0), (0, 2)):
+        empty = inputs(1).new_empty(*shape, inputs(1).shape[-1])
+        assert model.posterior(empty).mean.shape == (*shape, 1)
+    with pytest.raises(DataError, match="One point is"):
+        model.posterior(inputs(1)[0])
+
+
 def test_refusals():
     model, x = fitted("ensemble").as_botorch(), inputs(3)
     with pytest.raises(OptionError, match="fit it again"):
@@ -267,3 +280,16 @@ def test_refusals():
     assert isinstance(of_classes.posterior(x), DrawnFunctions)
     with pytest.raises(OptionError, match="Categorical"):
         of_classes.posterior(x, observation_noise=True)
+
+
+def test_formulas_are_refused_where_only_a_network_was_used():
+    """In a process of its own: what refuses must not hang on another kind of model having been imported."""
+    code = """
+import torch, fspace
+from botorch.acquisition import LogExpectedImprovement
+x = torch.rand(8, 2).double().numpy()
+model = fspace.BNNRegressor("ensemble", hidden=(4,), epochs=2, progress=False).fit(x, x[:, 0])
+LogExpectedImprovement(model.posterior_.as_botorch(), 0.0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "is a formula for Gaussians" in done.stderr

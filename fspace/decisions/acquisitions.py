@@ -183,7 +183,8 @@ def fresh(space: Space, taken: Float[Tensor, "n d"], seed: int) -> Float[Tensor,
     candidates = space.sample(CANDIDATES, seed)
     left = candidates[~_among(candidates, taken)]
     if len(left) == 0:
-        raise InfeasibleError(f"All {len(candidates.unique(dim=0))} settings of the space have been tried.")
+        count = len(candidates.unique(dim=0))
+        raise InfeasibleError(f"All {count} settings of the space have been tried, or asked for.")
     return left
 
 

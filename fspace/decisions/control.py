@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fspace.errors import OptionError
 from fspace.posterior import FunctionPosterior
+from fspace.predictive_base import check_seed
 
 PLANNERS = ("psrl", "mean", "random")
 
@@ -111,8 +112,15 @@ def learn_to_control(
 
     fit(features [n, d], changes of state [n, s]) gives a posterior over functions, or an estimator that has one.
     planner: "psrl" (a function drawn for every episode), "mean" (the posterior mean), "random" (no model). An episode
-    is over after `steps`, or where the task says so. Raises OptionError.
+    is over after `steps`, or where the task says so. Raises OptionError, also for a model that does not predict the
+    changes of all states, DataError for one of other features.
     """
+    if not isinstance(task, Task) or isinstance(task, type):
+        raise OptionError(f"task={task!r} is no Task; pass for example Pendulum().")
+    for name, count in (("episodes", episodes), ("steps", steps), ("horizon", horizon)):
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise OptionError(f"{name}={count!r} must be a whole number of at least 1.")
+    check_seed(seed)
     if planner not in PLANNERS:
         raise OptionError(f"planner={planner!r} does not exist; choose one of {', '.join(PLANNERS)}.")
     rng, run = np.random.default_rng(seed), ControlRun()
@@ -142,7 +150,15 @@ def learn_to_control(
         run.states, run.actions = np.array(states), np.array(actions)
         if planner != "random" and episode + 1 < episodes:
             fitted = fit(np.array(inputs), np.array(changes))
-            posterior: FunctionPosterior = getattr(fitted, "posterior_", fitted)
+            posterior = getattr(fitted, "posterior_", fitted)
+            if not isinstance(posterior, FunctionPosterior):
+                raise OptionError(
+                    f"fit gave {fitted!r}, which is neither a posterior nor a fitted estimator."
+                )
+            if posterior.num_outputs != len(state):
+                raise OptionError(
+                    f"fit gave a posterior of {posterior.num_outputs} outputs for the changes of {len(state)} states."
+                )
             dynamics = (
                 _mean(posterior) if planner == "mean" else posterior.draw(1, (seed + episode) % 2**32)[0]
             )

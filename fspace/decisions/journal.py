@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import uuid
@@ -22,7 +23,7 @@ class Journal:
             content = self.path.read_bytes() if self.path.exists() else b""
             whole = content[: content.rfind(b"\n") + 1]
             self.entries = [json.loads(line) for line in whole.splitlines()]
-            self._file = self.path.open("ab")
+            self._file = self.path.open("ab", buffering=0)
             if len(whole) < len(content):
                 self._file.truncate(len(whole))
         except (OSError, ValueError) as error:
@@ -31,10 +32,17 @@ class Journal:
             ) from error
 
     def append(self, *entries: Any) -> None:
-        """Write entries and wait until the disk has them."""
-        self._file.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Write entries and wait until the disk has them. Raises ModelFileError; then the disk has none of them."""
+        content = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
+        before = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(before)
+            raise ModelFileError(f"{str(self.path)!r} cannot be written: {error.strerror}.") from error
 
     def close(self) -> None:
         """Let go of the file."""

@@ -10,6 +10,8 @@ Sources: Gomez-Bombarelli et al. (2018); Tripp, Daxberger and Hernandez-Lobato (
 from __future__ import annotations
 
 import math
+import os
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -22,8 +24,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fspace.decisions.acquisitions import RESTARTS, acquisition
-from fspace.decisions.optimisation import GOALS
-from fspace.errors import DataError, OptionError
+from fspace.decisions.journal import Journal
+from fspace.decisions.optimisation import GOALS, MOST
+from fspace.errors import DataError, ModelFileError, OptionError
 from fspace.inference.amortized.vae_kernel import VAEKernelGP
 from fspace.inference.basis import Basis
 from fspace.inference.collapsed import fit_site
@@ -44,7 +47,8 @@ class LatentOptimizer:
     `VAEKernelGP`, which is trained here (None: 8 latents; of images with values from 0 to 1 with Bernoulli pixels).
     objective: "maximize" or "minimize". initial: objects of the pool that are asked for first. retrain: train anew
     when this many times as many values are known as at the last training. weighting: k; smaller prefers good rows more,
-    infinity none. plan: keywords of the training (epochs, learning_rate, ...). Raises OptionError, DataError.
+    infinity none. state: a file to go on from, written at every ask and tell (the model is trained anew). plan:
+    keywords of the training (epochs, learning_rate, ...). Raises OptionError, DataError, ModelFileError.
     """
 
     def __init__(
@@ -56,20 +60,25 @@ class LatentOptimizer:
         retrain: float = 1.5,
         weighting: float = 1e-3,
         seed: int = 0,
+        state: str | os.PathLike[str] | None = None,
         **plan: Any,
     ):
-        if objective not in GOALS:
+        if not isinstance(objective, str) or objective not in GOALS:
             raise OptionError(f"objective={objective!r} is no goal; choose 'minimize' or 'maximize'.")
-        if not retrain > 1 or not weighting > 0:
+        numbers = isinstance(retrain, int | float) and isinstance(weighting, int | float)
+        if not numbers or not retrain > 1 or not weighting > 0:
             raise OptionError(f"retrain={retrain!r} must be above 1 and weighting={weighting!r} above 0.")
-        self.pool = torch.as_tensor(np.asarray(pool), dtype=torch.float32)
-        if len(self.pool) < 10 or not bool(self.pool.isfinite().all()):
+        self.pool = _numbers(pool, "The pool").float()
+        shape = list(self.pool.shape)
+        if len(shape) not in (2, 4) or 0 in shape or shape[0] < 10 or not bool(self.pool.isfinite().all()):
             raise DataError(
-                f"The pool must hold at least 10 objects without NaN; it is {list(self.pool.shape)}."
+                f"The pool must hold at least 10 objects, [n, d] or [n, c, h, w], without NaN; it is {shape}."
             )
         if model is None:
             shares = self.pool.ndim == 4 and self.pool.min() >= 0 and self.pool.max() <= 1
             model = VAEKernelGP(8, (128,), likelihood="bernoulli" if shares else "gaussian")
+        if not isinstance(model, VAEKernelGP):
+            raise OptionError(f"model={model!r} is no VAEKernelGP.")
         self.model, self.sign, self.seed = model, GOALS[objective], check_seed(seed)
         self.initial = min(check_count(initial, 2), len(self.pool))
         self.retrain, self.weighting, self.plan = float(retrain), float(weighting), plan
@@ -78,33 +87,79 @@ class LatentOptimizer:
         self.pending = self.pool[:0]
         self._order = torch.randperm(len(self.pool), generator=torch.Generator().manual_seed(self.seed))
         self._asked = self._trained_on = 0
+        self._journal = None if state is None else Journal(state)
+        if self._journal is not None:
+            self._replay(self._journal)
+
+    def _replay(self, journal: Journal) -> None:
+        about = {
+            "objective": "maximize" if self.sign > 0 else "minimize",
+            "object": list(self.pool.shape[1:]),
+        }
+        if not journal.entries:
+            journal.append(about)
+            return
+        if journal.entries[0] != about:
+            raise OptionError(
+                f"{str(journal.path)!r} is of {journal.entries[0]}, this is of {about}; give another file."
+            )
+        try:
+            for entry in journal.entries[1:]:
+                if "values" in entry:
+                    self._take(*self._checked(entry["objects"], entry["values"]))
+                else:
+                    asked = self._checked(entry["objects"], [0.0] * len(entry["objects"]))[0]
+                    self.pending, self._asked = torch.cat([self.pending, asked]), self._asked + len(asked)
+        except (DataError, KeyError, TypeError) as error:
+            raise ModelFileError(f"{str(journal.path)!r} is damaged: {error}") from error
 
     # ---- ask and tell ---------------------------------------------------------------------------
 
     def ask(self, count: int = 1) -> Float[Tensor, "k *row"]:
         """Objects to try next: first of the pool, then decoded ones, chosen beside what is pending."""
-        proposals = []
-        for _ in range(check_count(count, 1)):
-            if self._asked < self.initial or len(self.values) < 2:
-                new = self.pool[self._order[self._asked % len(self.pool)]][None]
-            else:
-                new = self._propose()
-            self._asked += 1
-            self.pending = torch.cat([self.pending, new])
-            proposals.append(new)
-        return torch.cat(proposals)
+        pending, asked = self.pending, self._asked
+        try:
+            for _ in range(check_count(count, 1)):
+                if self._asked < self.initial or len(self.values) < 2:
+                    new = self.pool[self._order[self._asked % len(self.pool)]][None]
+                else:
+                    new = self._propose()
+                self._asked += 1
+                self.pending = torch.cat([self.pending, new])
+            proposals = self.pending[len(pending) :]
+            if self._journal is not None:
+                self._journal.append({"objects": proposals.tolist()})
+        except BaseException:  # an interrupt too: what nobody was given nobody will try
+            self.pending, self._asked = pending, asked
+            raise
+        return proposals
 
     def tell(self, objects: Any, values: Any) -> None:
-        """What objects [n, *row] were worth [n], asked for or not. Raises DataError for NaN and other shapes."""
-        x = torch.as_tensor(np.asarray(objects), dtype=torch.float32)
-        y = torch.as_tensor(np.asarray(values, dtype=np.float64)).reshape(-1)
-        if x.shape[1:] != self.pool.shape[1:] or len(x) != len(y) or len(x) == 0:
+        """What objects [n, *row] were worth [n], asked for or not. Raises DataError for NaN and other shapes,
+        ModelFileError where the state cannot be written; then nothing is taken in."""
+        x, y = self._checked(objects, values)
+        if self._journal is not None:
+            self._journal.append({"objects": x.tolist(), "values": y.tolist()})
+        self._take(x, y)
+
+    def _checked(self, objects: Any, values: Any) -> tuple[Float[Tensor, "n *row"], Float[Tensor, " n"]]:
+        x, y = _numbers(objects, "objects").float(), _numbers(values, "values")
+        if y.shape[1:] == (1,):
+            y = y[:, 0]
+        if x.ndim == 0 or x.shape[1:] != self.pool.shape[1:] or y.shape != x.shape[:1] or len(x) == 0:
             raise DataError(
-                f"There are {len(y)} values for objects {list(x.shape)}; they must be [n, ...] like the pool, "
-                f"{list(self.pool.shape)}, with n values."
+                f"There are {y.numel()} values for objects {list(x.shape)}; they must be [n, ...] like the pool, "
+                f"{list(self.pool.shape)}, with n values, which are {list(y.shape)}."
             )
         if not bool(y.isfinite().all()) or not bool(x.isfinite().all()):
             raise DataError("NaN was told. Of an object that could not be tried tell nothing.")
+        if bool((y.abs() > MOST).any()):
+            raise DataError(
+                f"A value of {y.abs().max():g} was told, whose square overflows; take other units."
+            )
+        return x, y
+
+    def _take(self, x: Float[Tensor, "n *row"], y: Float[Tensor, " n"]) -> None:
         self.objects, self.values = torch.cat([self.objects, x]), torch.cat([self.values, y])
         for row in x:
             same = (self.pending == row).flatten(1).all(1).nonzero()[:1, 0]
@@ -233,15 +288,34 @@ class _OfDecoded(AcquisitionFunction):  # type: ignore[misc]
         return self.inner(self.decoded_latents(X))
 
 
+def _numbers(given: Any, what: str) -> Tensor:
+    """A tensor on the CPU, in float64. Raises DataError for what is not numbers of one shape."""
+    try:
+        array = given.detach().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
+        if array.dtype.kind not in "biuf":
+            raise TypeError(f"they are of {array.dtype}")
+        return torch.from_numpy(array.astype(np.float64))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{what} must be numbers, all objects of one shape: {error}.") from error
+
+
 def optimize_latent(
     f: Callable[[Tensor], Any], pool: Any, evaluations: int = 40, batch: int = 1, **options: Any
 ) -> LatentOptimizer:
-    """Evaluate f(objects [k, *row]) -> values [k] until there are `evaluations`; options are of `LatentOptimizer`."""
+    """Evaluate f(objects [k, *row]) -> values [k] until there are `evaluations`; options are of `LatentOptimizer`.
+
+    After Ctrl-C what was told is given back. With state=... a run that was killed goes on, what was pending first."""
     optimizer = LatentOptimizer(pool, **options)
     check_count(evaluations, 2), check_count(batch, 1)
-    while len(optimizer.values) < evaluations:
-        objects = optimizer.ask(min(batch, evaluations - len(optimizer.values)))
-        optimizer.tell(objects, f(objects))
+    try:
+        while len(optimizer.values) < evaluations:
+            missing = min(batch, evaluations - len(optimizer.values))
+            objects = optimizer.pending[:missing] if len(optimizer.pending) else optimizer.ask(missing)
+            optimizer.tell(objects, f(objects))
+    except KeyboardInterrupt:
+        if len(optimizer.values) == 0:
+            raise
+        print(f"Interrupted after {len(optimizer.values)} of {evaluations}.", file=sys.stderr)
     return optimizer
 
 

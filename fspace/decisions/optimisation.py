@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +29,7 @@ from fspace.predictive import check_count
 from fspace.predictive_base import check_seed
 
 GOALS = {"maximize": 1.0, "minimize": -1.0}
+MOST = 1e150  # what is told squares to something finite
 
 
 class Tried(NamedTuple):
@@ -65,6 +65,8 @@ class Optimizer:
         state: str | os.PathLike[str] | None = None,
         seed: int = 0,
     ):
+        if not isinstance(objectives, str | Mapping):
+            raise OptionError(f"objectives={objectives!r}: give 'minimize', 'maximize' or {{outcome: goal}}.")
         self.goals = {"y": objectives} if isinstance(objectives, str) else dict(objectives)
         for name, goal in self.goals.items():
             if goal not in GOALS:
@@ -73,7 +75,7 @@ class Optimizer:
                 )
         if not self.goals:
             raise OptionError("There is no objective; give for example objectives='minimize'.")
-        if not refit >= 1:
+        if not isinstance(refit, int | float) or not refit >= 1:
             raise OptionError(f"refit={refit!r} must be at least 1, which fits anew after every observation.")
         if acquisition != "auto" and acquisition not in ACQUISITIONS:
             raise OptionError(
@@ -99,8 +101,14 @@ class Optimizer:
             [GOALS[self.goals.get(name, "maximize")] for name in self.outcomes]
         ).double()
         self.constraints = [self._constraint(text) for text in outcome_texts]
+        if self.constraints and acquisition == "qUCB":
+            raise OptionError("acquisition='qUCB' knows no constraints on outcomes; take 'qLogNEI'.")
         self.refit, self.seed = float(refit), check_seed(seed)
         self.model = named_model(model, self.seed) if isinstance(model, str) else model
+        if not hasattr(self.model, "get_params") and not callable(self.model) or isinstance(model, type):
+            raise OptionError(
+                f"model={model!r}: pass a name, an estimator, or a function of (z, y) that gives a posterior."
+            )
         self.initial = max(4, 2 * len(self.space.settings)) if initial is None else check_count(initial, 1)
         self.told: list[Tried] = []
         self.pending: list[dict[str, Any]] = []
@@ -124,26 +132,32 @@ class Optimizer:
     # ---- ask and tell ---------------------------------------------------------------------------
 
     def ask(self, count: int = 1) -> list[dict[str, Any]]:
-        """Configurations to try next, chosen together and beside what is pending. Raises InfeasibleError where none is
-        left."""
+        """Configurations to try next, chosen together and beside what is pending. Raises InfeasibleError where fewer
+        are left; then nothing is pending that was not."""
         started = time.perf_counter()
-        proposals = []
-        for _ in range(check_count(count, 1)):
-            proposals.append(self._propose())
-            self.pending.append(proposals[-1])
-            self._asked += 1
+        pending, asked = list(self.pending), self._asked
+        try:
+            for _ in range(check_count(count, 1)):
+                self.pending.append(self._propose())
+                self._asked += 1
+            self._save()
+        except BaseException:  # an interrupt too: what nobody was given nobody will try
+            self.pending, self._asked = pending, asked
+            raise
         self.seconds.append(time.perf_counter() - started)
-        self._save()
-        return [dict(configuration) for configuration in proposals]
+        return [dict(configuration) for configuration in self.pending[len(pending) :]]
 
     def tell(self, configurations: Any, values: Any) -> None:
         """What came of configurations (one, or a list), pending or not: a number (one outcome) or {outcome: number}.
 
         The same configuration may be told several times: observations are noisy. Raises DataError for NaN (use `drop`
-        for an experiment that failed), other outcomes, or a configuration outside the space; then nothing is taken in.
+        for an experiment that failed), other outcomes, or a configuration outside the space, ModelFileError where the
+        state cannot be written; then nothing is taken in.
         """
         many = isinstance(configurations, list | tuple)
         rows = list(configurations) if many else [configurations]
+        if many and (isinstance(values, Mapping | str) or not hasattr(values, "__len__")):
+            raise DataError(f"There are {len(rows)} configurations; give as many results, not {values!r}.")
         results = list(values) if many else [values]
         if len(rows) != len(results) or not rows:
             raise DataError(f"There are {len(results)} results for {len(rows)} configurations.")
@@ -154,10 +168,15 @@ class Optimizer:
             raise DataError(
                 f"Configuration {int(outside.nonzero()[0])} breaks {' or '.join(map(repr, self.space.constraints))}."
             )
+        told, pending = list(self.told), list(self.pending)
         for row, result in zip(self.space.decode(z), observed, strict=True):
             self._settle(row)
             self.told.append(Tried(row, result))
-        self._save()
+        try:
+            self._save()
+        except ModelFileError:  # told again, it must not count twice
+            self.told, self.pending = told, pending
+            raise
 
     def drop(self, configuration: Mapping[str, Any]) -> None:
         """Take a configuration off the pending ones without a result: it failed, or nobody will try it."""
@@ -241,14 +260,13 @@ class Optimizer:
         self._known = len(x)
 
     def _fit(self, x: Float[Tensor, "n d"], y: Float[Tensor, " n"]) -> FunctionPosterior:
-        if isinstance(self.model, Callable) and not hasattr(self.model, "fit"):  # type: ignore[arg-type]
-            return self.model(x, y)
-        if not hasattr(self.model, "get_params"):
-            raise OptionError(
-                f"model is a {type(self.model).__name__}; pass a name, an estimator, or a function of (z, y) that "
-                "gives a posterior."
-            )
-        return clone(self.model).fit(x.numpy(), y.numpy()).posterior_
+        if hasattr(self.model, "get_params"):
+            fitted = getattr(clone(self.model).fit(x.numpy(), y.numpy()), "posterior_", None)
+        else:
+            fitted = self.model(x, y)
+        if not isinstance(fitted, FunctionPosterior):
+            raise OptionError(f"model={self.model!r} gave no posterior over functions, but {fitted!r}.")
+        return fitted
 
     def _data(self) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n t"]]:
         """Encoded configurations, and outcomes with their signs."""
@@ -276,8 +294,12 @@ class Optimizer:
         for name in self.outcomes:
             try:
                 values[name] = float(given[name])
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise DataError(f"Result {i}: {name}={given[name]!r} is no number.") from error
+            if abs(values[name]) > MOST and math.isfinite(values[name]):
+                raise DataError(
+                    f"Result {i}: {name} is {values[name]}, whose square overflows; take other units."
+                )
             if not math.isfinite(values[name]):
                 raise DataError(
                     f"Result {i}: {name} is {values[name]}. Of an experiment that failed tell nothing; `drop` it."
@@ -312,60 +334,27 @@ class Optimizer:
             described = {name: state[name] for name in ("space", "goals", "constraints")}
             told = [Tried(dict(entry["configuration"]), dict(entry["values"])) for entry in state["told"]]
             pending, asked = [dict(row) for row in state["pending"]], int(state["asked"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ModelFileError(f"{str(self.path)!r} is no state of an Optimizer ({error!r}).") from error
         if described != self._description():
             raise OptionError(
                 f"{str(self.path)!r} is of another space, objectives or constraints; give those, or another file."
             )
-        self.told, self.pending, self._asked = told, pending, asked
-
-
-def optimize(
-    f: Callable[[dict[str, Any]], Any],
-    space: Space | Mapping[str, Any],
-    evaluations: int = 30,
-    batch: int = 1,
-    progress: bool = True,
-    **options: Any,
-) -> Optimizer:
-    """Evaluate f(configuration) until there are `evaluations` in all; the returned Optimizer has `best` and `told`.
-
-    f gives a number, or {outcome: number}. batch: configurations chosen at a time. progress: a line on stderr after
-    every batch. options: of `Optimizer`; with state=... a run that was killed goes on where it was, what was pending
-    is evaluated first.
-    """
-    optimizer = Optimizer(space, **options)
-    check_count(evaluations, 2), check_count(batch, 1)
-    started = time.perf_counter()
-    while len(optimizer.told) < evaluations:
-        missing = min(batch, evaluations - len(optimizer.told)) - len(optimizer.pending)
-        if missing > 0:
-            optimizer.ask(missing)
-        for configuration in list(optimizer.pending):
-            optimizer.tell(configuration, f(dict(configuration)))
-        if progress:
-            print(_line(optimizer, evaluations, time.perf_counter() - started), file=sys.stderr, flush=True)
-    return optimizer
-
-
-def _line(optimizer: Optimizer, evaluations: int, seconds: float) -> str:
-    last = ", ".join(f"{name} {value:.4g}" for name, value in optimizer.told[-1].values.items())
-    try:
-        best = (
-            f"best {optimizer.best.values[optimizer.outcomes[0]]:.6g}"
-            if len(optimizer.goals) == 1
-            else f"{len(optimizer.pareto)} on the front"
-        )
-    except InfeasibleError:
-        best = "none fulfils the constraints yet"
-    return f"{len(optimizer.told)}/{evaluations}: {last}; {best}; {seconds:.1f} s"
+        try:
+            self.space.encode([*(tried.configuration for tried in told), *pending])
+            [self._values(i, tried.values) for i, tried in enumerate(told)]
+            self._asked = check_count(asked)
+        except (DataError, OptionError) as error:
+            raise ModelFileError(f"{str(self.path)!r} is damaged: {error}") from error
+        self.told, self.pending = told, pending
 
 
 def _split(space: Space | Mapping[str, Any], constraints: Sequence[str]) -> tuple[Space, list[str]]:
     """The space with the constraints that are on it, and those that are on outcomes."""
     if isinstance(constraints, str):
         raise OptionError(f"constraints={constraints!r} must be a list of texts.")
+    if not isinstance(space, Space | Mapping):
+        raise OptionError(f"space={space!r}: give a Space, or settings such as {{'x': (0.0, 1.0)}}.")
     settings = space.settings if isinstance(space, Space) else dict(space)
     of_space: list[str] = []
     of_outcomes: list[str] = []

@@ -5,6 +5,7 @@ Settings are encoded in the unit cube: numbers affinely, categories one-hot.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -20,8 +21,9 @@ from fspace.errors import DataError, InfeasibleError, OptionError
 from fspace.predictive import check_count
 
 MOST_TRIES = 2**17  # random points among which feasible ones are looked for
-TERM = re.compile(r"\s*([+-]?)\s*(?:(\d+\.?\d*(?:[eE][+-]?\d+)?)\s*\*?\s*)?([A-Za-z_]\w*)\s*")
-BOUND = re.compile(r"^(.*?)(<=|>=)\s*([+-]?\d+\.?\d*(?:[eE][+-]?\d+)?)\s*$")
+NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+TERM = re.compile(rf"\s*([+-]?)\s*(?:({NUMBER})\s*\*?\s*)?([A-Za-z_]\w*)\s*")
+BOUND = re.compile(rf"^(.*?)(<=|>=)\s*([+-]?{NUMBER})\s*$")
 
 
 def parse_constraint(text: str) -> tuple[dict[str, float], float]:
@@ -41,6 +43,8 @@ def parse_constraint(text: str) -> tuple[dict[str, float], float]:
         at = term.end()
     if not terms:
         raise OptionError(f"constraint {text!r} names nothing.")
+    if not all(math.isfinite(number) for number in (right, *terms.values())):
+        raise OptionError(f"constraint {text!r} has a number that is too large.")
     return terms, sign * right
 
 
@@ -52,7 +56,7 @@ class Space:
     """
 
     def __init__(self, settings: Mapping[str, Any], constraints: Sequence[str] = ()):
-        if not settings:
+        if not isinstance(settings, Mapping) or not settings:
             raise OptionError("The space has no settings; give for example {'x': (0.0, 1.0)}.")
         self.settings = {str(name): _setting(str(name), value) for name, value in settings.items()}
         self.columns: dict[str, list[int]] = {}
@@ -99,6 +103,11 @@ class Space:
         """Configurations in the unit cube. Raises DataError for other names, and for values outside the space."""
         z = torch.zeros(len(configurations), self.width, dtype=torch.float64)
         for i, configuration in enumerate(configurations):
+            if not isinstance(configuration, Mapping):
+                raise DataError(
+                    f"Configuration {i} is a {type(configuration).__name__}; give {{setting: value}} for "
+                    f"{sorted(self.settings)}."
+                )
             if set(configuration) != set(self.settings):
                 raise DataError(
                     f"Configuration {i} has {sorted(map(str, configuration))}, but the space {sorted(self.settings)}."
@@ -106,17 +115,17 @@ class Space:
             for name, setting in self.settings.items():
                 value, columns = configuration[name], self.columns[name]
                 if isinstance(setting, list):
-                    if value not in setting:
+                    if isinstance(value, np.ndarray | Tensor) or value not in setting:
                         raise DataError(f"Configuration {i}: {name}={value!r} is not one of {setting}.")
                     z[i, columns[setting.index(value)]] = 1.0
                     continue
                 low, high = _ends(setting)
                 try:
                     number = float(value)
-                except (TypeError, ValueError) as error:
+                except (TypeError, ValueError, OverflowError) as error:
                     raise DataError(f"Configuration {i}: {name}={value!r} is no number.") from error
                 slack = 1e-9 * (high - low)
-                whole = not isinstance(setting, range) or number == round(number)
+                whole = not isinstance(setting, range) or number.is_integer()
                 if not (low - slack <= number <= high + slack and whole):
                     raise DataError(f"Configuration {i}: {name}={value!r} is outside {setting}.")
                 z[i, columns[0]] = min(1.0, max(0.0, (number - low) / (high - low)))
@@ -187,13 +196,13 @@ class Space:
         return z
 
     def state(self) -> dict[str, Any]:
-        """As JSON."""
+        """As JSON: both ends of "whole" and "between" belong to the space."""
         kinds = {}
         for name, s in self.settings.items():
             kinds[name] = (
                 {"choices": s}
                 if isinstance(s, list)
-                else {"whole": [s.start, s.stop]}
+                else {"whole": [s[0], s[-1]]}
                 if isinstance(s, range)
                 else {"between": list(s)}
             )
@@ -203,21 +212,25 @@ class Space:
     def from_state(cls, state: Any) -> Space:
         """The space of this `state()`. Raises OptionError where it is none."""
         try:
-            settings: dict[str, Any] = {}
-            for name, kind in state["settings"].items():
-                if "choices" in kind:
-                    settings[name] = list(kind["choices"])
-                elif "whole" in kind:
-                    settings[name] = range(*kind["whole"])
-                else:
-                    settings[name] = tuple(kind["between"])
+            settings = {name: _read(kind) for name, kind in state["settings"].items()}
             constraints = list(state.get("constraints", []))
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise OptionError(
                 f"This describes no space ({error!r}). Write it as {{'settings': {{'x': {{'between': [0, 1]}}, 'n': "
-                "{'whole': [1, 10]}, 'kind': {'choices': ['a', 'b']}}, 'constraints': ['x <= 0.9']}."
+                "{'whole': [1, 10]}, 'kind': {'choices': ['a', 'b']}}, 'constraints': ['x <= 0.9']}, ends included."
             ) from error
         return cls(settings, constraints)
+
+
+def _read(described: Any) -> Any:
+    """{"between": [0, 1]}, {"whole": [1, 10]} or {"choices": [...]} as a setting: of [1, 10] both ends."""
+    ((kind, value),) = described.items()  # a second key would be ignored unseen
+    if not isinstance(value, list):
+        raise TypeError(f"{kind}: {value!r} is no list")
+    if kind == "whole":
+        first, last = value
+        return range(first, last + 1)
+    return {"choices": list, "between": tuple}[kind](value)
 
 
 def _setting(name: str, value: Any) -> Any:
@@ -228,11 +241,18 @@ def _setting(name: str, value: Any) -> Any:
     if isinstance(value, list):
         if len(value) < 2 or len(set(map(str, value))) < len(value):
             raise OptionError(f"{name}={value!r}: categories are a list of at least two that differ.")
+        value = [choice.item() if isinstance(choice, np.generic) else choice for choice in value]
+        for choice in value:  # others would not be known again in a state file
+            if not isinstance(choice, str | int | float | None) or choice != choice:
+                raise OptionError(
+                    f"{name}: category {choice!r} must be a text, a number, True, False or None."
+                )
         return value
     if isinstance(value, tuple) and len(value) == 2:
-        low, high = value
-        if all(isinstance(v, int | float) for v in value) and math.isfinite(high - low) and low < high:
-            return float(low), float(high)
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            low, high = (float(v) for v in value if not isinstance(v, str))
+            if math.isfinite(high - low) and low < high:
+                return low, high
     raise OptionError(
         f"{name}={value!r}: give (low, high) for a number, range(low, high) for whole numbers, or a list of categories."
     )

@@ -52,7 +52,8 @@ def rank(model: str, pool: str, k: int, criterion: str, out: str, seed: int, ove
     found = select(fitted, parts(), k, criterion, reference, duplicates="drop", seed=seed)
     chosen = found.index.numpy()
     table = pd.concat([part[np.isin(part.index, chosen)] for part in _numbered(pool)]).loc[chosen]
-    extra = {"row": chosen, "gain": found.gain.numpy()}
+    row, gain = (_free(name, table.columns) for name in ("row", "gain"))
+    extra = {row: chosen, gain: found.gain.numpy()}
     write_table(pd.concat([pd.DataFrame(extra), table.reset_index(drop=True)], axis=1), files[0])
     background = rows_of(fitted, pd.concat(shown).head(SHOWN)).numpy()
     names = fitted.encoder_.feature_names_out
@@ -60,7 +61,8 @@ def rank(model: str, pool: str, k: int, criterion: str, out: str, seed: int, ove
     ax = _axes()
     plots.ranked(found.gain, background[:, pair], found.x.numpy()[:, pair], [names[i] for i in pair], ax=ax)
     ax.figure.savefig(files[1], dpi=110)
-    return f"{k} rows by {criterion} are in {files[0]}; open {files[1]}"
+    renamed = "" if (row, gain) == ("row", "gain") else f" (their number is {row!r}, their gain {gain!r})"
+    return f"{k} rows by {criterion} are in {files[0]}{renamed}; open {files[1]}"
 
 
 def act(model: str, data: str, utility: str, out: str, samples: int, seed: int, overwrite: bool) -> str:
@@ -216,6 +218,13 @@ def _inputs(fitted: Any, table: pd.DataFrame, known: Sequence[str]) -> pd.DataFr
     if not hasattr(fitted.encoder_, "feature_names_in_"):
         return table
     return table[[name for name in known if name in table.columns]]
+
+
+def _free(name: str, columns: pd.Index) -> str:
+    """A name that no column has."""
+    while name in columns:
+        name += "_"
+    return name
 
 
 def _numbered(pool: str) -> Any:

@@ -176,6 +176,24 @@ def test_nothing_in_a_space_file_is_ignored(run, tmp_path, space, goal, words):
     assert status == 2 and words in err and not (tmp_path / "o.csv").exists()
 
 
+def test_a_pool_with_columns_called_row_and_gain(run, model, tmp_path):
+    """A name that is written twice cannot be read back."""
+    table()[0].assign(row="mine", gain=7).to_csv(tmp_path / "pool.csv", index=False)
+    status, out, err = run("rank", "model.fspace", "pool.csv", "--k", 5, "--out", "next.csv")
+    assert status == 0 and "'row_'" in out and "'gain_'" in out, err
+    found = pd.read_csv(tmp_path / "next.csv")
+    assert found.columns.tolist() == ["row_", "gain_", "size", "age", "row", "gain"]
+    assert found["row"].eq("mine").all() and found["gain"].eq(7).all()
+    assert np.allclose(found["size"], table()[0]["size"].iloc[found["row_"]])
+
+
+def test_whole_numbers_of_a_space_file_include_the_last(run, tmp_path):
+    (tmp_path / "space.json").write_text('{"settings": {"n": {"whole": [1, 2]}}}')
+    (tmp_path / "t.csv").write_text("n,y\n1,0.5\n")
+    status, _, err = run("next", "t.csv", "--space", "space.json", "--goal", "y", "--out", "o.csv")
+    assert status == 0 and pd.read_csv(tmp_path / "o.csv")["n"].tolist() == [2], err
+
+
 def test_a_count_that_is_none(run, model):
     status, _, err = run("rank", "model.fspace", "pool.csv", "--k", 0, "--out", "o.csv")
     assert status == 2 and "k=0: how many rows to choose" in err
