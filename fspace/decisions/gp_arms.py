@@ -12,7 +12,7 @@ that goes on from its journal is where it was.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,12 +63,12 @@ class GPArms:
 
     def __init__(
         self,
-        width: int,
-        arms: int,
+        width: Any,
+        arms: Any,
         mean: float = 0.0,
         reward_scale: float = 1.0,
-        most: int = 100,
-        remember: int = 10_000,
+        most: Any = 100,
+        remember: Any = 10_000,
         seed: int = 0,
     ):
         for name, value, least in (

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fspace.errors import OptionError
+from fspace.errors import NumericalError, OptionError
 from fspace.inference.weights.chains import watch
 from fspace.inference.weights.distributions import Points
 from fspace.inference.weights.likelihoods import NetworkLikelihood
@@ -70,7 +70,13 @@ class HMC:
         generator = problem.generator(10)
         u = target.space.coordinates(problem.start(self.chains))
         point = _Point(u, *target(u))
-        start = 1.0 / math.sqrt(max(target.space.stiffness(chain, target.rows) for chain in u[:4]))
+        stiffness = [target.space.stiffness(chain, target.rows) for chain in u[:4]]
+        if not (bool(point.energy.isfinite().all()) and all(0 < value < math.inf for value in stiffness)):
+            raise NumericalError(
+                "inference='hmc': the log density or its curvature is not finite where the chains start. Take prior, "
+                "noise_variance and temperature nearer to 1 (in units of standardised x and y), or dtype='float64'."
+            )
+        start = 1.0 / math.sqrt(max(stiffness))
         step = _StepSize(start * math.sqrt(problem.temperature), self.acceptance)
         time = self.length * math.sqrt(problem.temperature)  # the prior's deviation is that much smaller
         kept = -(-self.samples // self.chains)
