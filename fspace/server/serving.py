@@ -28,7 +28,7 @@ from fspace.posterior import MixturePosterior
 from fspace.saving import load
 from fspace.server.client import LOOPBACK, RemoteServer
 from fspace.server.core import PosteriorServer, form_of
-from fspace.server.http import MODEL, create_app
+from fspace.server.http import KEEP_ALIVE, MODEL, create_app
 from fspace.server.local_updates import Update, new_site
 from fspace.server.tokens import Limits, Tokens
 from fspace.server.weights import WeightBasis
@@ -145,6 +145,7 @@ def serve_store(store: str, tokens: str, model: str | None, where: Listening, sa
                 ssl_certfile=where.certificate,
                 ssl_keyfile=where.key,
                 timeout_graceful_shutdown=5,
+                timeout_keep_alive=KEEP_ALIVE,
             )
             config.load()
         except (OSError, ValueError) as error:  # ssl's errors are OSErrors

@@ -19,6 +19,7 @@ from fspace.inference.basis import Basis
 from fspace.inference.likelihoods import BernoulliLikelihood, with_offset
 from fspace.inference.optimise import gaussian_likelihood
 from fspace.server import Limits, PosteriorServer, RemoteServer, Tokens, create_app
+from fspace.server.http import KEEP_ALIVE
 
 
 @dataclass
@@ -91,7 +92,9 @@ class Front:
         app = create_app(server, self.tokens, limits or Limits(rate=1e6, burst=10**6))
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._uvicorn = uvicorn.Server(uvicorn.Config(app, log_level="error", **options))
+        self._uvicorn = uvicorn.Server(
+            uvicorn.Config(app, log_level="error", timeout_keep_alive=KEEP_ALIVE, **options)
+        )
         self._thread = threading.Thread(target=self._uvicorn.run, kwargs={"sockets": [self._listener]})
         self._thread.start()
         kind = "https" if "ssl_certfile" in options else "http"
