@@ -53,7 +53,7 @@ class NetworkLikelihood(Protocol):
 
 
 def _gaussian(residual: Tensor, log_variance: Tensor) -> Tensor:
-    density = -0.5 * (math.log(2 * math.pi) + log_variance + residual.square() / log_variance.exp())
+    density = -0.5 * (math.log(2 * math.pi) + log_variance + residual.square() * (-log_variance).exp())
     return density.sum(-1)
 
 
