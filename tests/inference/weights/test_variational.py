@@ -8,6 +8,7 @@ import torch
 
 from fspace.errors import OptionError
 from fspace.inference.weights import MAP, MFVI, Dropout, Ensemble, GaussianPrior
+from fspace.inference.weights.likelihoods import VaryingNoise
 from fspace.inference.weights.mfvi import drawn_outputs
 from fspace.inference.weights.problem import Training
 from fspace.kernels import CausalConv, ConvNet
@@ -163,3 +164,17 @@ def test_adversarial_training_moves_rows_against_each_member(small):
         return torch.autograd.grad(f.sum(), x)[0].abs().mean()
 
     assert slope(hard) < slope(plain)
+
+
+@pytest.mark.parametrize("log_variance", [-200.0, 0.0, 80.0, 200.0])
+def test_noise_that_varies_has_a_slope_however_large_it_is(log_variance):
+    """A row far outside can have any log variance on the way; 200 is past what a 32-bit float holds after exp."""
+    f = torch.tensor([[1.5, log_variance]], requires_grad=True)
+    density = VaryingNoise(1).log_prob(f, f.new_zeros(0), torch.tensor([[0.5]]))
+    (slope,) = torch.autograd.grad(density.sum(), f)
+    exact = torch.tensor([[1.5, log_variance]], dtype=torch.float64, requires_grad=True)
+    wide = VaryingNoise(1).log_prob(exact, exact.new_zeros(0), torch.tensor([[0.5]], dtype=torch.float64))
+    (wide_slope,) = torch.autograd.grad(wide.sum(), exact)
+    torch.testing.assert_close(density.double(), wide, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(slope.double(), wide_slope, rtol=1e-4, atol=1e-6)
+    assert slope.isfinite().all()
