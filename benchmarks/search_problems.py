@@ -12,9 +12,9 @@ from torch import Tensor
 EVALUATIONS = {
     "branin": 25,
     "hartmann6": 40,
-    "ackley10": 40,
+    "ackley10": 100,
     "noisy branin": 25,
-    "ackley20": 55,
+    "ackley20": 120,
     "constrained gramacy": 20,
     "mixed ackley10": 40,
 }
@@ -85,6 +85,26 @@ def random_points(case: SearchProblem, n: int, seed: int, sobol: bool) -> Tensor
     return x
 
 
+def botorch_model(case: SearchProblem, x: Tensor, y: Tensor) -> Any:
+    """A SingleTaskGP of one outcome [n, 1] as BoTorch fits it."""
+    from botorch.fit import fit_gpytorch_mll
+    from botorch.models import SingleTaskGP
+    from botorch.models.transforms import Normalize, Standardize
+    from gpytorch.mlls import ExactMarginalLogLikelihood
+
+    bounds = torch.tensor(case.box, dtype=torch.float64).T
+    scaled = Normalize(case.d, bounds=bounds)
+    model = SingleTaskGP(x, y, input_transform=scaled, outcome_transform=Standardize(1))
+    fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
+    return model
+
+
+def expected_best(case: SearchProblem, x: Tensor, y: Tensor) -> list[float]:
+    """That of x [n, d] whose outcome [n, 1] BoTorch's SingleTaskGP expects to be largest."""
+    with torch.no_grad():
+        return x[int(botorch_model(case, x, y).posterior(x).mean[:, 0].argmax())].tolist()
+
+
 def botorch_recipe(
     case: SearchProblem, observe: Callable[[list[float]], list[float]], initial: int, n: int, seed: int
 ) -> tuple[Tensor, Tensor]:
@@ -96,12 +116,9 @@ def botorch_recipe(
     """
     from botorch.acquisition import qLogExpectedImprovement
     from botorch.acquisition.objective import GenericMCObjective
-    from botorch.fit import fit_gpytorch_mll
-    from botorch.models import ModelListGP, SingleTaskGP
-    from botorch.models.transforms import Normalize, Standardize
+    from botorch.models import ModelListGP
     from botorch.optim import optimize_acqf
     from botorch.optim.optimize_mixed import optimize_acqf_mixed_alternating
-    from gpytorch.mlls import ExactMarginalLogLikelihood
 
     torch.manual_seed(seed)
     bounds = torch.tensor(case.box, dtype=torch.float64).T
@@ -109,16 +126,7 @@ def botorch_recipe(
     x = random_points(case, initial, seed, sobol=True)
     y = torch.tensor([sign(observe(row)) for row in x.tolist()], dtype=torch.float64)
     while len(x) < n:
-        models = []
-        for k in range(y.shape[1]):
-            model = SingleTaskGP(
-                x,
-                y[:, k : k + 1],
-                input_transform=Normalize(case.d, bounds=bounds),
-                outcome_transform=Standardize(1),
-            )
-            fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
-            models.append(model)
+        models = [botorch_model(case, x, y[:, k : k + 1]) for k in range(y.shape[1])]
         good = (y[:, 1:] >= 0).all(1)
         best = y[good, 0].max() if good.any() else y[:, 0].min()
         options: dict[str, Any] = {}

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from botorch.utils.multi_objective.pareto import is_non_dominated
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from sklearn.base import clone
 from torch import Tensor
 
@@ -188,10 +188,24 @@ class Optimizer:
     def best(self) -> Tried:
         """The best that was told, among those that fulfil the constraints. Raises InfeasibleError where none does,
         DataError where nothing was told, OptionError for several objectives (see `pareto`)."""
-        if len(self.goals) > 1:
-            raise OptionError("There are several objectives, so no single best; see `pareto`.")
+        self._require_one()
         y = self._feasible()
         return self.told[int(torch.where(fulfilled(y, self.constraints), y[:, 0], -math.inf).argmax())]
+
+    @property
+    def recommended(self) -> Tried:
+        """The configuration, of those that were told, whose outcome the model expects to be best, among those that it
+        expects to fulfil the constraints; with these expectations as values. Where outcomes are noisy, `best` is the
+        luckiest one and this the better choice. Raises as `best` does."""
+        self._require_one()
+        self._require_told()
+        x = self._data()[0]
+        models = self.posteriors().values()
+        y = torch.stack([model.latent(x).mean.double().reshape(len(x)) for model in models], 1)
+        good = self._require_any(fulfilled(y, self.constraints), "is expected to fulfil")
+        k = int(torch.where(good, y[:, 0], -math.inf).argmax())
+        expected = (y[k] * self.signs).tolist()
+        return Tried(self.told[k].configuration, dict(zip(self.outcomes, expected, strict=True)))
 
     @property
     def pareto(self) -> list[Tried]:
@@ -275,14 +289,24 @@ class Optimizer:
         return x, torch.tensor(y, dtype=torch.float64).reshape(-1, len(self.outcomes)) * self.signs
 
     def _feasible(self) -> Float[Tensor, "n t"]:
+        self._require_told()
+        y = self._data()[1]
+        self._require_any(fulfilled(y, self.constraints), "fulfils")
+        return y
+
+    def _require_told(self) -> None:
         if not self.told:
             raise DataError("Nothing was told yet.")
-        y = self._data()[1]
-        if not bool(fulfilled(y, self.constraints).any()):
-            raise InfeasibleError(
-                f"None of {len(self.told)} configurations fulfils {' and '.join(map(repr, self.constraint_texts))}."
-            )
-        return y
+
+    def _require_one(self) -> None:
+        if len(self.goals) > 1:
+            raise OptionError("There are several objectives, so no single best; see `pareto`.")
+
+    def _require_any(self, good: Bool[Tensor, " n"], does: str) -> Bool[Tensor, " n"]:
+        if not bool(good.any()):
+            texts = " and ".join(map(repr, self.constraint_texts))
+            raise InfeasibleError(f"None of {len(self.told)} configurations {does} {texts}.")
+        return good
 
     def _values(self, i: int, result: Any) -> dict[str, float]:
         given = result if isinstance(result, Mapping) else {self.outcomes[0]: result}

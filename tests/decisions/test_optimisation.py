@@ -421,3 +421,41 @@ def test_networks_under_constraints_and_with_thompson_sampling():
     assert optimizer.posteriors()["y"] is not before
     optimizer.acquisition = "thompson"
     assert optimizer.ask()[0] != first
+
+
+def _noisy(seed, **options):
+    """60 settings x in [0, 1] with outcomes (x - 0.3)^2 + noise of deviation 0.1, and c = x + noise."""
+    rng = np.random.default_rng(seed)
+    optimizer = Optimizer({"x": (0.0, 1.0)}, {"y": "minimize"}, seed=seed, **options)
+    for x in np.linspace(0.0, 1.0, 60):
+        values = {"y": (x - 0.3) ** 2 + 0.1 * rng.standard_normal(), "c": x + 0.05 * rng.standard_normal()}
+        optimizer.tell({"x": float(x)}, {name: values[name] for name in optimizer.outcomes})
+    return optimizer
+
+
+def test_what_is_recommended_is_the_best_expected_and_not_the_luckiest():
+    from scipy.stats import ttest_rel
+
+    lucky, recommended = [], []
+    for seed in range(8):
+        optimizer = _noisy(seed)
+        lucky.append((optimizer.best.configuration["x"] - 0.3) ** 2)
+        found = optimizer.recommended
+        recommended.append((found.configuration["x"] - 0.3) ** 2)
+        assert found.values["y"] > optimizer.best.values["y"]  # the luckiest is below what is to be expected
+        x, y = optimizer._data()
+        mean = optimizer.posteriors()["y"].latent(x).mean.reshape(-1)
+        assert found.values["y"] == pytest.approx(-float(mean.max()), abs=1e-12)
+    assert ttest_rel(lucky, recommended, alternative="greater").pvalue < 0.05
+
+
+def test_what_is_recommended_is_expected_to_fulfil_the_constraints():
+    found = _noisy(0, constraints=["c >= 0.6"]).recommended
+    assert 0.55 < found.configuration["x"] < 0.68
+    assert found.values["c"] >= 0.6
+    with pytest.raises(InfeasibleError, match="None of 60 configurations is expected to fulfil 'c >= 2'"):
+        _ = _noisy(0, constraints=["c >= 2"]).recommended
+    with pytest.raises(DataError, match="Nothing was told"):
+        _ = Optimizer({"x": (0.0, 1.0)}).recommended
+    with pytest.raises(OptionError, match="pareto"):
+        _ = Optimizer({"x": (0.0, 1.0)}, {"a": "minimize", "b": "minimize"}).recommended
