@@ -245,7 +245,9 @@ def work(job: str) -> dict[str, Callable[[Case, int], dict[str, Side]]]:
         return {"mean field": mean_field}
     if job == "langevin":
         return {kind.upper(): partial(langevin, kind=kind) for kind in ("sgld", "sghmc")}
-    return {"HMC, against NUTS": hamiltonian}
+    if job == "hamiltonian":
+        return {"HMC, against NUTS": hamiltonian}
+    raise SystemExit(f"--jobs: there is no job {job!r}; choose of {', '.join(JOBS)}.")
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -101,8 +101,8 @@ def botorch_model(case: SearchProblem, x: Tensor, y: Tensor) -> Any:
 
 def expected_best(case: SearchProblem, x: Tensor, y: Tensor) -> list[float]:
     """That of x [n, d] whose outcome [n, 1] BoTorch's SingleTaskGP expects to be largest."""
-    with torch.no_grad():
-        return x[int(botorch_model(case, x, y).posterior(x).mean[:, 0].argmax())].tolist()
+    expected = botorch_model(case, x, y).posterior(x).mean[:, 0]
+    return x[int(expected.argmax())].tolist()
 
 
 def botorch_recipe(

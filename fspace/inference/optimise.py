@@ -87,15 +87,23 @@ def lbfgs(
     return True
 
 
-def lengthscale_penalty(kernel: Kernel) -> Tensor:
-    """Weak log-normal pull on every lengthscale: an input that does nothing would otherwise drift without end."""
+def log_prior(kernel: Kernel) -> Tensor:
+    """Log density of the priors that are registered on a kernel's parameters; zero where there are none."""
+    terms = [prior.log_prob(value(part)).sum().double() for _, part, prior, value, _ in kernel.named_priors()]
+    return torch.stack(terms).sum() if terms else torch.zeros((), dtype=torch.float64)
+
+
+def kernel_penalty(kernel: Kernel) -> Tensor:
+    """Minus `log_prior`, and a weak log-normal pull on every lengthscale that has no prior of its own: an input that
+    does nothing would otherwise drift without end."""
+    own = {id(part) for name, part, *_ in kernel.named_priors() if name.endswith("lengthscale_prior")}
     terms = []
     for part in kernel.modules():
         lengthscale = getattr(part, "lengthscale", None) if isinstance(part, Kernel) else None
-        if lengthscale is not None:
+        if lengthscale is not None and id(part) not in own:
             centre = 0.5 * math.log(lengthscale.shape[-1])
             terms.append(0.125 * (lengthscale.log() - centre).square().sum().double())
-    return torch.stack(terms).sum() if terms else torch.zeros((), dtype=torch.float64)
+    return (torch.stack(terms).sum() if terms else 0.0) - log_prior(kernel)
 
 
 def _variance_penalty(k: Float[Tensor, "n n"]) -> Tensor:
@@ -125,7 +133,7 @@ def fit_exact(
     def loss() -> Tensor:
         k = covariance(inner, z)
         evidence = log_marginal_likelihood(k, y, likelihood.noise[..., 0])
-        penalty = lengthscale_penalty(inner) + _variance_penalty(k)
+        penalty = kernel_penalty(inner) + _variance_penalty(k)
         value = (penalty - evidence) / y.numel()
         value.backward()
         return value.detach()

@@ -22,6 +22,7 @@ from fspace.inference.likelihoods import (
     predictive_log_density,
 )
 from fspace.inference.numerics import cholesky_unseen, solve_lower
+from fspace.inference.optimise import log_prior
 from fspace.inference.sites import Rows, blend, bound_and_site, elbo, marginals, moved
 from fspace.inference.source import Inputs
 from fspace.kernels.deep import DeepKernel, embed, embedded_kernel
@@ -218,7 +219,7 @@ class _Running:
         rows, factor = self._seen(x, y, weight)
         site = moved(self.site, solve_lower(self.factor, factor))
         bound, batch = bound_and_site(site, self.likelihood, rows, self.total)
-        loss = -bound / (self.mass * y.shape[1])
+        loss = -(bound + log_prior(embedded_kernel(self.kernel))) / (self.mass * y.shape[1])
         loss.backward()
         with torch.no_grad():
             still = moved(self.site, solve_lower(self.factor, factor))
