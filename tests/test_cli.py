@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 import fspace
-from fspace import cli, fitting, runs
+from fspace import cli, cli_fit, fitting, runs
 from fspace.data import TableEncoder, read_table, write_table
 from fspace.errors import OptionError
 from fspace.inference.candidates import fit_plain
@@ -164,7 +164,7 @@ def test_a_number_is_never_cut_at_the_edge_of_the_terminal(monkeypatch, capsys, 
         "coverage_90": 0.904,
     }
     of_each = dict.fromkeys(["price", "a_target_with_quite_a_long_name"], scores | {"width_90": 3.018e6})
-    cli._print_results(
+    cli_fit._print_results(
         {"task": "regression", "targets": list(of_each), "rows": {"test": 5, "train": 9}, "metrics": of_each}
         | {"baseline": of_each, "weights": {"matern": 1.0}, "options": {}, "files": {"report": "report.html"}}
     )
