@@ -27,7 +27,7 @@ from fspace.interrupts import interrupts
 from fspace.kernels.deep import DeepKernel, embed, embedded_kernel
 from fspace.kernels.evaluate import covariance
 from fspace.posterior import FunctionPosterior, MixturePosterior
-from fspace.predictive_base import check_seed
+from fspace.predictive_base import check_seed, check_whole
 from fspace.progress import progress
 
 MOST_INDUCING = 2000
@@ -157,8 +157,7 @@ class GPEstimator(FunctionEstimator):
             raise OptionError(f"kernel is a {type(self.kernel).__name__}; pass a name or a gpytorch kernel.")
         if self.progress is not False and self.progress != "auto":
             raise OptionError(f"progress={self.progress!r} does not exist; choose 'auto' or False.")
-        if not isinstance(self.members, int | np.integer) or self.members < 1:
-            raise OptionError(f"members={self.members!r} must be a whole number of at least 1.")
+        check_whole("members", self.members)
         check_seed(self.seed)
         share = isinstance(self.inducing, float | np.floating) and 0 < self.inducing < 1
         if not share and (not isinstance(self.inducing, int | np.integer) or self.inducing < 1):
