@@ -2,14 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-Table = Callable[[list[str], list[list[str]]], str]
-Where = Callable[[dict[str, Any]], str]
+from sections_markdown import table, where
 
 
-def music(result: dict[str, Any], table: Table, where: Where) -> str:
+def amortised(result: dict[str, Any]) -> str:
+    """One line a side, a column a number of samples; then the ratio to ours."""
+    cases = result["samples"]
+    sides = list(next(iter(cases.values()))["sides"])
+    body = [
+        [name, *(f"{1e3 * case['sides'][name]['cpu_s']:.1f}" for case in cases.values())] for name in sides
+    ]
+    for name in sides:
+        if not name.startswith("fspace"):
+            ratios = [c["sides"][name]["cpu_s"] / c["sides"]["fspace IWAE"]["cpu_s"] for c in cases.values()]
+            body.append([f"{name} / fspace IWAE", *(f"{ratio:.2f}" for ratio in ratios)])
+    setting = result["setting"]
+    note = (
+        f"Milliseconds of processor time a step, medians of {next(iter(cases.values()))['rounds']} turns; batches of"
+        f" {setting['batch']}, {setting['pixels']} pixels, {setting['hidden']} hidden units, {setting['latent']}"
+        f" latents; {result['machine']['threads']} thread(s). "
+        + ", ".join(f"{name} {number}" for name, number in result["peers"].items())
+        + "."
+    )
+    head = ["side", *(f"K = {samples}" for samples in cases)]
+    return table(head, body) + f"\n\n{note}\n\n{where(result['machine'])}"
+
+
+def particles(result: dict[str, Any]) -> str:
+    """One line a size, then filters without a gradient."""
+    body = []
+    for r in result["fivo"]:
+        times, faster = r["times"], r["faster"]
+        compiled = times.get("fspace, compiled")
+        body.append([
+            "learned" if r["proposal"] else "bootstrap", f"{r['steps']} / {r['series']} / {r['particles']}",
+            f"{1e3 * times['fspace']['cpu_s']:.0f}", f"{1e3 * compiled['cpu_s']:.0f}" if compiled else "-",
+            f"{1e3 * times['plain filter']['cpu_s']:.0f}", f"{1e3 * times['plain, formulas']['cpu_s']:.0f}",
+            f"{faster['fspace, against plain filter']:.1f} x",
+            f"{faster['fspace, compiled, against plain filter']:.1f} x" if compiled else "-",
+        ])  # fmt: skip
+    head = ["proposal", "T / B / N", "fspace ms", "compiled ms", "plain ms", "plain, by formulas ms", "faster",
+            "compiled, faster"]  # fmt: skip
+    rows = [[name, f"{1e3 * seconds:.1f}"] for name, seconds in result["without_gradient_s"].items()]
+    return "\n\n".join([
+        table(head, body), "Without gradients:\n\n" + table(["filter", "ms"], rows), where(result["machine"])
+    ])  # fmt: skip
+
+
+def music(result: dict[str, Any]) -> str:
     """One line an objective and number of particles."""
     (found,) = (value for key, value in result.items() if key != "machine")
     best = max(row["fivo"] for row in found["rows"])
@@ -25,7 +67,7 @@ def music(result: dict[str, Any], table: Table, where: Where) -> str:
     return f"{table(head, body)}\n\n{note}\n\n{where(result['machine'])}"
 
 
-def digits(result: dict[str, Any], table: Table, where: Where) -> str:
+def digits(result: dict[str, Any]) -> str:
     """A line a model, a column a number of samples."""
     found = result["digits"]
     by = {(row["model"], row["k"]): row for row in found["rows"]}
@@ -41,7 +83,7 @@ def digits(result: dict[str, Any], table: Table, where: Where) -> str:
     return f"{table(['', 'K = 1', 'K = 5', 'K = 50'], body)}\n\n{note}\n\n{where(result['machine'])}"
 
 
-def draw(result: dict[str, Any], table: Table, where: Where) -> str:
+def draw(result: dict[str, Any]) -> str:
     """DRAW beside a VAE."""
     found = result["draw"]
     body = [
@@ -61,7 +103,7 @@ def draw(result: dict[str, Any], table: Table, where: Where) -> str:
     return f"{table(head, body)}\n\n{note}\n\n{where(result['machine'])}"
 
 
-def discrete(result: dict[str, Any], table: Table, where: Where) -> str:
+def discrete(result: dict[str, Any]) -> str:
     """A line an estimator: both bounds."""
     found = result["discrete"]
     body = [
@@ -75,7 +117,7 @@ def discrete(result: dict[str, Any], table: Table, where: Where) -> str:
     return f"{table(head, body)}\n\n{note}\n\n{where(result['machine'])}"
 
 
-def frames(result: dict[str, Any], table: Table, where: Where) -> str:
+def frames(result: dict[str, Any]) -> str:
     """A line a model."""
     body = [
         [name, f"{row['rmse']:.4f}", f"{row['log_density']:.3f}", f"{row['seconds']:.0f}"]
@@ -85,7 +127,7 @@ def frames(result: dict[str, Any], table: Table, where: Where) -> str:
     return f"{table(head, body)}\n\n{where(result['machine'])}"
 
 
-def pendulum(result: dict[str, Any], table: Table, where: Where) -> str:
+def pendulum(result: dict[str, Any]) -> str:
     """A line a model."""
     body = [
         [
@@ -101,7 +143,7 @@ def pendulum(result: dict[str, Any], table: Table, where: Where) -> str:
     return f"{table(head, body)}\n\n{where(result['machine'])}"
 
 
-def shapes(result: dict[str, Any], table: Table, where: Where) -> str:
+def shapes(result: dict[str, Any]) -> str:
     """A line a beta."""
     body = [
         [f"{row['beta']:g}", f"{row['mig']:.3f} ± {row['spread']:.3f}", f"{row['active']:.1f}"]
@@ -112,7 +154,7 @@ def shapes(result: dict[str, Any], table: Table, where: Where) -> str:
     return f"{table(head, body)}\n\n{note}\n\n{where(result['machine'])}"
 
 
-def topics(result: dict[str, Any], table: Table, where: Where) -> str:
+def topics(result: dict[str, Any]) -> str:
     """A line a model, means over seeds."""
     body = []
     for name, runs in result["topics"]["rows"].items():

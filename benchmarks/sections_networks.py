@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-Table = Callable[[list[str], list[list[str]]], str]
-Where = Callable[[dict[str, Any]], str]
+from sections_markdown import table, where
 
 
-def network_times(result: dict[str, Any], table: Table, where: Where) -> str:
+def network_times(result: dict[str, Any]) -> str:
     """A line a job and side, then what was the same for both."""
     body = []
     for name, r in result["tables"].items():

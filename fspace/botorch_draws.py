@@ -7,20 +7,16 @@ from typing import Any
 
 import torch
 from botorch.models.model import Model
-from botorch.posteriors import Posterior
-from botorch.sampling.get_sampler import GetSampler
-from botorch.sampling.normal import IIDNormalSampler, NormalMCSampler, SobolQMCNormalSampler
 from jaxtyping import Float
 from torch import Tensor
-from torch.quasirandom import SobolEngine
 
-import fspace.botorch_refusals  # noqa: F401  (drawn functions are no Gaussian)
+from fspace.botorch_normals import FromNormals
 from fspace.errors import DataError, OptionError
 from fspace.posterior import FunctionPosterior
 from fspace.predictive import Samples
 
 
-class DrawnFunctions(Posterior):  # type: ignore[misc]
+class DrawnFunctions(FromNormals):
     """BoTorch posterior of s equally likely functions at batches of q points, with or without noise around them.
 
     Shapes: values [s, ..., q, m], noise (variances) the same or None. A base sample is [..., 1] normals, of which the
@@ -58,11 +54,6 @@ class DrawnFunctions(Posterior):  # type: ignore[misc]
         noise = 0 if self.noise is None else self.values.shape[-2:].numel()
         return self.batch_shape + torch.Size([1 + noise])
 
-    @property
-    def batch_range(self) -> tuple[int, int]:
-        """Batch dimensions of a base sample, which share one set of normals."""
-        return (0, -1)
-
     def _extended_shape(self, sample_shape: torch.Size = torch.Size()) -> torch.Size:  # noqa: B008
         return sample_shape + self.values.shape[1:]
 
@@ -78,22 +69,6 @@ class DrawnFunctions(Posterior):  # type: ignore[misc]
             )
             samples = samples + torch.take_along_dim(self.noise, pick, 0).sqrt() * white
         return samples.reshape(*sample_shape, *self.values.shape[1:])
-
-    def rsample(self, sample_shape: torch.Size | None = None) -> Tensor:
-        """Joint samples [*sample_shape, ..., q, m], each of one function."""
-        sample_shape = torch.Size([1]) if sample_shape is None else sample_shape
-        shape = sample_shape + self.base_sample_shape
-        return self.rsample_from_base_samples(
-            sample_shape, torch.randn(shape, dtype=self.dtype, device=self.device)
-        )
-
-
-@GetSampler.register(DrawnFunctions)
-def _sampler(
-    posterior: DrawnFunctions, sample_shape: torch.Size, *, seed: int | None = None
-) -> NormalMCSampler:
-    few = posterior.base_sample_shape[-1] <= SobolEngine.MAXDIM
-    return (SobolQMCNormalSampler if few else IIDNormalSampler)(sample_shape, seed=seed)
 
 
 class DrawnModel(Model):  # type: ignore[misc]

@@ -7,23 +7,20 @@ from typing import Any
 
 import torch
 from botorch.models.model import FantasizeMixin, Model
-from botorch.posteriors import GPyTorchPosterior, Posterior
-from botorch.sampling.get_sampler import GetSampler
-from botorch.sampling.normal import IIDNormalSampler, NormalMCSampler, SobolQMCNormalSampler
+from botorch.posteriors import GPyTorchPosterior
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from jaxtyping import Float
 from linear_operator import to_linear_operator
 from torch import Tensor
-from torch.quasirandom import SobolEngine
 
-import fspace.botorch_refusals  # noqa: F401  (mixtures are no Gaussians)
 from fspace.botorch_moments import Member, Moments, conditioned, moments_of, picked, seen
+from fspace.botorch_normals import FromNormals
 from fspace.errors import DataError, OptionError
 from fspace.inference.numerics import MAX_JITTER, MIN_JITTER
 from fspace.posterior import FunctionPosterior, MixturePosterior
 
 
-class MixtureOfGaussians(Posterior):  # type: ignore[misc]
+class MixtureOfGaussians(FromNormals):
     """BoTorch posterior of which one of k joint Gaussians is right.
 
     Shapes: components' mean [..., q, m], weights [..., k] that broadcast against their batches. A base sample is
@@ -64,11 +61,6 @@ class MixtureOfGaussians(Posterior):  # type: ignore[misc]
         """Shape of one base sample."""
         return self.batch_shape + torch.Size([1 + self.components[0].mean.shape[-2:].numel()])
 
-    @property
-    def batch_range(self) -> tuple[int, int]:
-        """Batch dimensions of a base sample, which share one set of normals."""
-        return (0, -1)
-
     def _extended_shape(self, sample_shape: torch.Size = torch.Size()) -> torch.Size:  # noqa: B008
         return sample_shape + self.components[0].mean.shape
 
@@ -92,23 +84,6 @@ class MixtureOfGaussians(Posterior):  # type: ignore[misc]
                 component.rsample_from_base_samples(sample_shape, base_samples[..., 1:].reshape(shape))
             )
         return torch.take_along_dim(torch.stack(samples, -3), pick[..., None, None, None], -3).squeeze(-3)
-
-    def rsample(self, sample_shape: torch.Size | None = None) -> Tensor:
-        """Joint samples [*sample_shape, ..., q, m], each from one component."""
-        sample_shape = torch.Size([1]) if sample_shape is None else sample_shape
-        shape = sample_shape + self.base_sample_shape
-        return self.rsample_from_base_samples(
-            sample_shape, torch.randn(shape, dtype=self.dtype, device=self.device)
-        )
-
-
-@GetSampler.register(MixtureOfGaussians)
-def _sampler(
-    posterior: MixtureOfGaussians, sample_shape: torch.Size, *, seed: int | None = None
-) -> NormalMCSampler:
-    dimensions = posterior.base_sample_shape[-1]
-    kind = SobolQMCNormalSampler if dimensions <= SobolEngine.MAXDIM else IIDNormalSampler
-    return kind(sample_shape, seed=seed)
 
 
 class FunctionModel(Model, FantasizeMixin):  # type: ignore[misc]

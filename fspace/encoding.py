@@ -129,10 +129,7 @@ def encode_data(run: EncodeRun, quiet: bool = False) -> dict[str, Any]:
     train, test = _split(material.units, run.test_fraction, seed)
     model = _made(name, material, train, run.options)
     plan = _plan(name, len(train)) | {k: v for k, v in run.plan.items() if v is not None}
-    try:  # before the fit, so that nobody waits for results that then have no place
-        part = unfinished(folder)
-    except OSError as error:
-        raise OptionError(f"--out {folder}: the folder cannot be made ({error.strerror}).") from error
+    part = unfinished(folder)
     try:
         started = time.perf_counter()
         try:
@@ -150,10 +147,7 @@ def encode_data(run: EncodeRun, quiet: bool = False) -> dict[str, Any]:
         with progress("encoding and writing the results", not quiet):
             results = _write(part, run, name, model, material, train, test, seconds)
     finally:  # whatever was written is kept, also where a later file failed
-        if any(part.iterdir()):
-            folder = publish(part, folder, run.out, run.overwrite)
-        else:
-            part.rmdir()
+        folder = publish(part, folder, run.out, run.overwrite)
     results["files"] = {
         Path(item).stem if item != AMORTIZED else "model": str(folder / item)
         for item in RESULTS

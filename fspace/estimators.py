@@ -18,7 +18,7 @@ from gpytorch.likelihoods import (
 from fspace.data import check_target, target_names
 from fspace.errors import DataError, OptionError
 from fspace.fitting import GPEstimator
-from fspace.front import ClassificationFront, RegressionFront
+from fspace.front import ClassificationFront, RegressionFront, column_scales
 from fspace.inference.candidates import EXACT_ROWS
 from fspace.inference.gp import GPPosterior
 from fspace.inference.likelihoods import NAMED, REAL, with_offset
@@ -105,11 +105,7 @@ class GPRegressor(RegressionFront, GPEstimator):
         """Fit to X [n, d] (or images, sequences) and y [n] or [n, t], or to a torch data set of pairs (x, y). Raises a
         FspaceError for data or options that cannot be used."""
         self._check_options()
-        X, y = unpacked(X, y)
-        encoder, x = self._encoded(X)
-        target = check_target(y, len(x))
-        if len(x) < 2:
-            raise DataError("X has 1 sample (n_samples=1); a fit needs at least 2 rows.")
+        encoder, x, target, names = self._read(X, y)
         columns = target.reshape(len(x), -1)
         if self.outputs == "coregionalised" and columns.shape[1] == 1:
             raise OptionError(
@@ -123,13 +119,10 @@ class GPRegressor(RegressionFront, GPEstimator):
             check_support(columns, given, target.ndim == 1)
             shift, scale = np.zeros(columns.shape[1]), np.ones(columns.shape[1])
         else:
-            shift = columns.mean(axis=0)
-            spread = (columns - shift).std(axis=0)
-            constant = spread <= 1e-13 * np.maximum(np.abs(shift), 1e-300)
-            scale = np.where(constant, 1.0, spread)
+            shift, scale, constant = column_scales(columns)
             if self.outputs == "coregionalised" and constant.any():
                 raise DataError(
-                    f"Target {target_names(y, target)[constant.argmax()]!r} has the same value in every row; it "
+                    f"Target {names[constant.argmax()]!r} has the same value in every row; it "
                     "is correlated with nothing: leave it out, or take outputs='independent'."
                 )
         likelihood: Any = None
@@ -152,7 +145,7 @@ class GPRegressor(RegressionFront, GPEstimator):
             likelihood=likelihood,
             coregionalised=self.outputs == "coregionalised",
         )
-        self.target_names_ = target_names(y, target)
+        self.target_names_ = names
         return self
 
     @property

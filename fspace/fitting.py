@@ -15,7 +15,7 @@ from gpytorch.kernels import Kernel
 from torch import Tensor
 
 from fspace.data import TableEncoder
-from fspace.errors import DataError, NotFittedError, NumericalError, OptionError
+from fspace.errors import NotFittedError, NumericalError, OptionError
 from fspace.front import FunctionEstimator, slope_relevance
 from fspace.inference.candidates import Plan, fit_deep, fit_plain, input_scaling, named_kernel
 from fspace.inference.choice import Choice, choose
@@ -23,12 +23,10 @@ from fspace.inference.gp import GPPosterior
 from fspace.inference.numerics import pick_device, pick_dtype
 from fspace.inference.source import AT_ONCE, RowSource
 from fspace.inference.streaming import forget, take_in
-from fspace.interrupts import interrupts
 from fspace.kernels.deep import DeepKernel, embed, embedded_kernel
 from fspace.kernels.evaluate import covariance
 from fspace.posterior import FunctionPosterior, MixturePosterior
-from fspace.predictive_base import check_seed
-from fspace.progress import progress
+from fspace.predictive_base import check_seed, check_whole
 
 MOST_INDUCING = 2000
 KERNELS = ("auto", "deep", "matern", "rbf", "neural", "additive")
@@ -54,9 +52,7 @@ class GPEstimator(FunctionEstimator):
         """Fit what is modelled [n, t], y = shift + scale * that, and set the attributes of a fitted estimator."""
         device, dtype = pick_device(self.device), pick_dtype(self.dtype)
         tensor = lambda a: torch.tensor(a, dtype=torch.float64, device=device)  # noqa: E731
-        self.history_: list[dict[str, Any]] = []
-        self._interrupted_in: str | None = None
-        with interrupts() as held, progress("fitting", self.progress == "auto") as tell:
+        with self._recording() as record:
             plan = Plan(
                 x=tensor(x) if x.ndim == 2 else RowSource.of(x, device),
                 y=tensor(modelled),
@@ -66,15 +62,12 @@ class GPEstimator(FunctionEstimator):
                 dtype=dtype,
                 seed=check_seed(self.seed),
                 tolerance=0.0 if self.inducing >= 1 else float(self.inducing),
-                record=self._recorder(tell, held),
+                record=record,
                 weight=None if weight is None else tensor(weight),
                 **settings,
             )
             choice = self._fit(plan, x)
-        if held.waiting:  # it came when all training was done
-            self._interrupted_in = self._interrupted_in or "the last steps"
         self.choice_ = choice.report
-        self.interrupted_ = self._interrupted_in is not None
         if self.interrupted_:
             warnings.warn(
                 f"Interrupted while fitting {self._interrupted_in}; the best state so far is kept "
@@ -130,11 +123,6 @@ class GPEstimator(FunctionEstimator):
         """Only a deep kernel whose extractor reads rows of this shape can be fitted to images and sequences."""
         deep = isinstance(self.kernel, DeepKernel)
         dims = self.kernel.input_dims if isinstance(self.kernel, DeepKernel) else 1
-        if x.ndim > 4:
-            raise DataError(
-                f"X has shape {list(x.shape)}; this estimator reads tables [n, columns], sequences [n, t, d] and "
-                "images [n, c, h, w]."
-            )
         if x.ndim > 2 and not deep:
             what = "images" if x.ndim == 4 else "sequences"
             example = "ConvNet(in_channels)" if x.ndim == 4 else "CausalConv(in_features)"
@@ -157,8 +145,7 @@ class GPEstimator(FunctionEstimator):
             raise OptionError(f"kernel is a {type(self.kernel).__name__}; pass a name or a gpytorch kernel.")
         if self.progress is not False and self.progress != "auto":
             raise OptionError(f"progress={self.progress!r} does not exist; choose 'auto' or False.")
-        if not isinstance(self.members, int | np.integer) or self.members < 1:
-            raise OptionError(f"members={self.members!r} must be a whole number of at least 1.")
+        check_whole("members", self.members)
         check_seed(self.seed)
         share = isinstance(self.inducing, float | np.floating) and 0 < self.inducing < 1
         if not share and (not isinstance(self.inducing, int | np.integer) or self.inducing < 1):

@@ -75,15 +75,18 @@ def _next_free(folder: Path) -> Path:
 def unfinished(folder: Path) -> Path:
     """A new, empty folder beside the other for the files of this run; those of runs that were killed are removed.
 
-    Raises OSError where it cannot be made.
+    Made before the fit, so that nobody waits for results that then have no place. Raises OptionError where that fails.
     """
     prefix = f".{folder.name}.{platform.node()}."  # whether a run on another machine lives is not known here
-    for other in folder.absolute().parent.iterdir():
-        number = other.name.removeprefix(prefix)
-        if other.name.startswith(prefix) and number.isdecimal() and not _lives(int(number)):
-            shutil.rmtree(other, ignore_errors=True)
     part = folder.with_name(f"{prefix}{os.getpid()}")
-    part.mkdir()
+    try:
+        for other in folder.absolute().parent.iterdir():
+            number = other.name.removeprefix(prefix)
+            if other.name.startswith(prefix) and number.isdecimal() and not _lives(int(number)):
+                shutil.rmtree(other, ignore_errors=True)
+        part.mkdir()
+    except OSError as error:
+        raise OptionError(f"--out {folder}: the folder cannot be made ({error.strerror}).") from error
     return part
 
 
@@ -103,7 +106,10 @@ def _lives(process: int) -> bool:
 
 
 def publish(part: Path, folder: Path, out: str | None, overwrite: bool) -> Path:
-    """Move finished files to where they belong; another run may have taken the folder meanwhile."""
+    """Move finished files, if there are any, to where they belong; another run may have taken the folder meanwhile."""
+    if not any(part.iterdir()):
+        part.rmdir()
+        return folder
     if _taken(folder) and not overwrite:
         folder = _next_free(folder) if out is None else folder.with_name(f"{folder.name}-{os.getpid()}")
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from torch import Tensor
 
-from fspace.data import TableEncoder
+from fspace.data import TableEncoder, check_target, target_names
 from fspace.errors import DataError, NotFittedError, OptionError
 from fspace.inference.source import Inputs
-from fspace.interrupts import Interrupts
+from fspace.interrupts import Interrupts, interrupts
 from fspace.posterior import FunctionPosterior, Predictive
 from fspace.predictive_base import as_tensor
+from fspace.progress import progress
 from fspace.torch_data import unpacked
 
 CHUNK_VALUES = 2**20  # input values predicted at a time, so that memory does not grow with the rows
@@ -38,7 +41,7 @@ class FunctionEstimator(BaseEstimator):
     _interrupted_in: str | None
 
     def _check_shape(self, x: Any) -> None:
-        """Raises a FspaceError for encoded rows of a shape that is not read."""
+        """Raises a FspaceError for encoded rows [n, d], [n, t, d] or [n, c, h, w] that are not read."""
 
     def _adopt(self, encoder: TableEncoder) -> None:
         """The attributes of scikit-learn that tell of the columns."""
@@ -51,8 +54,24 @@ class FunctionEstimator(BaseEstimator):
         """The encoder that was fitted to X, and its rows (images and sequences as they came, perhaps from disk)."""
         encoder = TableEncoder(self.categories, self.missing, owner=type(self).__name__)
         x = encoder.fit_transform(X)
+        if x.ndim > 4:
+            raise DataError(
+                f"X has shape {list(x.shape)}; this estimator reads tables [n, columns], sequences [n, t, d] and "
+                "images [n, c, h, w]."
+            )
         self._check_shape(x)
         return encoder, x if x.ndim > 2 else np.asarray(x, dtype=np.float64)
+
+    @contextmanager
+    def _recording(self) -> Iterator[Callable[..., None]]:
+        """What training calls at every step. Afterwards `interrupted_` says whether Ctrl-C ended it early."""
+        self.history_ = []
+        self._interrupted_in = None
+        with interrupts() as held, progress("fitting", self.progress == "auto") as tell:
+            yield self._recorder(tell, held)
+        if held.waiting:  # it came when all training was done
+            self._interrupted_in = self._interrupted_in or "the last steps"
+        self.interrupted_ = self._interrupted_in is not None
 
     def _recorder(self, tell: Callable[..., None], held: Interrupts) -> Callable[..., None]:
         """What training calls at every step: keeps the history, lets Ctrl-C through, moves the progress bar."""
@@ -93,6 +112,16 @@ class RegressionFront(RegressorMixin):
     posterior_: FunctionPosterior
     predictive: Callable[[Any], Predictive]
     _parts: Callable[[Any], Iterator[Tensor]]
+    _encoded: Callable[[Any], tuple[TableEncoder, Any]]
+
+    def _read(self, X: Any, y: Any) -> tuple[TableEncoder, Any, np.ndarray, list[str]]:
+        """Encoder and encoded rows, the target [n] or [n, t], and its names. Raises a FspaceError, for one row too."""
+        X, y = unpacked(X, y)
+        encoder, x = self._encoded(X)
+        target = check_target(y, len(x))
+        if len(x) < 2:
+            raise DataError("X has 1 sample (n_samples=1); a fit needs at least 2 rows.")
+        return encoder, x, target, target_names(y, target)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -164,6 +193,14 @@ class ClassificationFront(ClassifierMixin):
         """The most probable class of every row."""
         best = self.predict_proba(X).argmax(axis=1)
         return self.classes_[best]
+
+
+def column_scales(y: Float[np.ndarray, "n t"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean and standard deviation [t] of the columns, 1 of those that are constant (to rounding), and which are."""
+    shift = y.mean(axis=0)
+    spread = (y - shift).std(axis=0)
+    constant = spread <= 1e-13 * np.maximum(np.abs(shift), 1e-300)
+    return shift, np.where(constant, 1.0, spread), constant
 
 
 def slope_relevance(posterior: FunctionPosterior, x: Inputs) -> np.ndarray:

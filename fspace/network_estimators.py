@@ -11,10 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fspace.data import check_target, target_names
-from fspace.errors import DataError, OptionError
+from fspace.data import target_names
+from fspace.errors import OptionError
 from fspace.fitting import channel_scaling
-from fspace.front import ClassificationFront, FunctionEstimator, RegressionFront, slope_relevance
+from fspace.front import (
+    ClassificationFront,
+    FunctionEstimator,
+    RegressionFront,
+    column_scales,
+    slope_relevance,
+)
 from fspace.inference.candidates import input_scaling
 from fspace.inference.gp import Scaling
 from fspace.inference.numerics import full_precision, pick_device, pick_dtype, seeded
@@ -23,10 +29,8 @@ from fspace.inference.weights.likelihoods import Classes, GaussianNoise, Network
 from fspace.inference.weights.network import Network
 from fspace.inference.weights.priors import named_prior
 from fspace.inference.weights.problem import Problem, Report, Training
-from fspace.interrupts import interrupts
 from fspace.kernels.extractors import MLP
 from fspace.predictive_base import check_seed
-from fspace.progress import progress
 from fspace.targets import check_labels
 from fspace.torch_data import unpacked
 
@@ -89,11 +93,6 @@ class BNNEstimator(FunctionEstimator):
 
     def _check_shape(self, x: Any) -> None:
         """Only a module that was passed in can read images and sequences."""
-        if x.ndim > 4:
-            raise DataError(
-                f"X has shape {list(x.shape)}; this estimator reads tables [n, columns], sequences [n, t, d] and "
-                "images [n, c, h, w]."
-            )
         dims = getattr(self.network, "input_dims", None) if isinstance(self.network, nn.Module) else 1
         if dims is not None and dims != x.ndim - 1:
             what = {2: "a table", 3: "sequences", 4: "images"}[x.ndim]
@@ -145,14 +144,8 @@ class BNNEstimator(FunctionEstimator):
         )
         rows = scaling.inputs(tensor(x))
         network = Network.of(self._module(rows, likelihood.outputs, dtype))
-        self.history_: list[dict[str, Any]] = []
-        self._interrupted_in: str | None = None
         report = Report()
-        with (
-            interrupts() as held,
-            progress("fitting", self.progress == "auto") as tell,
-            full_precision(),
-        ):
+        with self._recording() as record, full_precision():
             problem = Problem(
                 network=network,
                 scales=named_prior(self.prior).scales(network).to(device),
@@ -162,13 +155,10 @@ class BNNEstimator(FunctionEstimator):
                 temperature=float(self.temperature),
                 seed=check_seed(self.seed),
                 training=Training(self.epochs, self.batch_size, float(self.learning_rate)),
-                record=self._recorder(tell, held),
+                record=record,
                 report=report,
             )
             distribution, likelihood = method.fit(problem)
-        if held.waiting:  # it came when all training was done
-            self._interrupted_in = self._interrupted_in or "the last steps"
-        self.interrupted_ = self._interrupted_in is not None
         if self.interrupted_:
             warnings.warn(
                 f"Interrupted while fitting {self._interrupted_in}; the best state so far is kept.",
@@ -245,19 +235,13 @@ class BNNRegressor(RegressionFront, BNNEstimator):
         """Fit to X [n, d] (or images, sequences) and y [n] or [n, t], or to a torch data set of pairs (x, y). Raises a
         FspaceError for data or options that cannot be used."""
         self._check_options()
-        X, y = unpacked(X, y)
-        encoder, x = self._encoded(X)
-        target = check_target(y, len(x))
-        if len(x) < 2:
-            raise DataError("X has 1 sample (n_samples=1); a fit needs at least 2 rows.")
+        encoder, x, target, names = self._read(X, y)
         columns = target.reshape(len(x), -1)
-        shift = columns.mean(axis=0)
-        spread = (columns - shift).std(axis=0)
-        scale = np.where(spread <= 1e-13 * np.maximum(np.abs(shift), 1e-300), 1.0, spread)
+        shift, scale, _ = column_scales(columns)
         likelihood = self._likelihood(scale)
         self._fit_network(x, (columns - shift) / scale, shift, scale, likelihood, target.ndim == 1)
         self._adopt(encoder)
-        self.target_names_ = target_names(y, target)
+        self.target_names_ = names
         return self
 
     def _likelihood(self, scale: np.ndarray) -> NetworkLikelihood:

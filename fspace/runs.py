@@ -100,10 +100,7 @@ def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
     estimator = GPRegressor if classes is None else GPClassifier
     own = {k: v for k, v in run.options.items() if k in estimator().get_params()}
     model = estimator(categories=list(run.categorical) or None, progress=False if quiet else "auto", **own)
-    try:  # before the fit, so that nobody waits for results that then have no place
-        part = unfinished(folder)
-    except OSError as error:
-        raise OptionError(f"--out {folder}: the folder cannot be made ({error.strerror}).") from error
+    part = unfinished(folder)
     try:
         started = time.perf_counter()
         model.fit(inputs.iloc[train], (target.iloc[:, 0] if target.shape[1] == 1 else target).iloc[train])
@@ -111,10 +108,7 @@ def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
         with progress("measuring and writing the results", not quiet):
             results = _write(part, run, model, seconds, inputs, y, target, source, train, test)
     finally:  # whatever was written is kept, also where a later file failed
-        if any(part.iterdir()):
-            folder = publish(part, folder, run.out, run.overwrite)
-        else:
-            part.rmdir()
+        folder = publish(part, folder, run.out, run.overwrite)
     results["files"] = {
         kind: str(folder / name)
         for kind, name in (

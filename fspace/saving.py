@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import json
 import os
-import uuid
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +15,9 @@ import numpy as np
 import torch
 from gpytorch.constraints import Positive
 from gpytorch.likelihoods import GaussianLikelihood, Likelihood
-from safetensors.torch import load as read_tensors
-from safetensors.torch import save as write_tensors
 
 from fspace import __version__
+from fspace.archive import read_archive, write_archive
 from fspace.data import TableEncoder
 from fspace.errors import ModelFileError, NotFittedError
 from fspace.estimators import GPClassifier, GPRegressor
@@ -87,21 +83,7 @@ def save(model: FunctionEstimator, path: str | Path) -> Path:
         header |= _gp_header(model, tensors)
     elif isinstance(model, BNNEstimator):
         header |= describe_networks(model, tensors)
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    content = json.dumps(header, default=_plain), write_tensors(tensors)
-    unfinished = path.with_name(
-        f".{uuid.uuid4().hex[:8]}.part"
-    )  # a name of its own: two may save to one path
-    try:
-        with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:
-            archive.writestr("model.json", content[0])
-            archive.writestr("model.safetensors", content[1])
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise ModelFileError(f"{str(path)!r} cannot be written: {error.strerror}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+    write_archive(path, "model", json.dumps(header, default=_plain), tensors, repr(str(path)))
     return path
 
 
@@ -275,16 +257,8 @@ def load(path: str | Path, device: str = "auto", modules: Mapping[str, torch.nn.
     or foreign, and where such a module is needed or does not fit.
     """
     path, where = Path(path), pick_device(device)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            header = json.loads(archive.read("model.json"))
-            tensors = read_tensors(archive.read("model.safetensors"))
-    except FileNotFoundError as error:
-        raise ModelFileError(f"{path}: no such file.") from error
-    except Exception as error:  # zipfile, json and safetensors each raise their own kinds for damaged bytes
-        raise ModelFileError(
-            f"{path} is not a model that fspace saved, or it is damaged ({error})."
-        ) from error
+    foreign = f"{path} is not a model that fspace saved, or it is damaged"
+    header, tensors = read_archive(path, "model", foreign)
     try:
         if header["format"] != FORMAT:
             raise ModelFileError(

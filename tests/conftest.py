@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,23 @@ def _seeded() -> None:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU, and a GPU where there is one."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run a command line: (exit status, stdout, stderr)."""
+    from fspace import cli
+
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+
+    def command(*args):
+        monkeypatch.setattr(sys, "argv", ["fspace", *map(str, args)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return command
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,7 @@
 import json
 import os
 import re
-import sys
-import warnings
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -13,7 +12,7 @@ from matplotlib.colors import to_hex
 from scipy.stats import norm
 from sklearn.decomposition import PCA
 
-from fspace import cli, encoding_plots, encoding_report
+from fspace import encoding_plots, encoding_report
 from fspace.canvas import BLUE, PALE
 from fspace.data import read_table, write_table
 from fspace.encoding_scores import alone
@@ -32,19 +31,10 @@ QUICK = ["--epochs", 2, "--device", "cpu"]
 
 
 @pytest.fixture
-def full_run(monkeypatch, tmp_path, capsys):
-    """Run a command line in an empty folder: (exit status, stdout, stderr)."""
+def full_run(terminal, monkeypatch, tmp_path):
+    """`fspace encode` in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-
-    def command(*args):
-        monkeypatch.setattr(sys, "argv", ["fspace", "encode", *map(str, args)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return command
+    return partial(terminal, "encode")
 
 
 @pytest.fixture

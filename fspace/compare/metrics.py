@@ -18,6 +18,7 @@ from torch import Tensor
 from fspace.canvas import array, like
 from fspace.errors import DataError, OptionError
 from fspace.predictive import Categorical, Gaussian, Mixture, Samples
+from fspace.predictive_base import check_whole
 
 BINS = 15  # of the calibration error of classes
 PAIRS = 2_000_000  # of components that the mixture's CRPS has in memory at a time
@@ -188,8 +189,7 @@ def class_calibration_error(labels: Any, predictive: Any, bins: int = BINS, equa
     """
     if equal not in ("mass", "width"):
         raise OptionError(f"equal={equal!r} does not exist; choose 'mass' or 'width'.")
-    if not isinstance(bins, int | np.integer) or bins < 1:
-        raise OptionError(f"bins={bins!r} must be a whole number of at least 1.")
+    check_whole("bins", bins)
     labels, probs = class_arrays(labels, predictive)
     stated, hit = probs.max(axis=1), (probs.argmax(axis=1) == labels).astype(float)
     order = np.argsort(stated, kind="stable")

@@ -15,7 +15,7 @@ from fspace.columns import suggest
 from fspace.data import TableEncoder, check_target
 from fspace.datasets import UCI_TABLES, load_uci
 from fspace.errors import DataError, OptionError
-from fspace.predictive_base import check_seed
+from fspace.predictive_base import check_seed, check_whole
 from fspace.targets import check_labels
 
 TASKS = ("regression", "classification")
@@ -152,8 +152,7 @@ class Table:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise OptionError(f"task={self.task!r} does not exist; choose one of {', '.join(TASKS)}.")
-        if not isinstance(self.splits, int | np.integer) or self.splits < 1:
-            raise OptionError(f"splits={self.splits!r} must be a whole number of at least 1.")
+        check_whole("splits", self.splits)
         if not (isinstance(self.test_fraction, int | float) and 0 < self.test_fraction < 1):
             raise OptionError(f"test_fraction={self.test_fraction!r} must lie between 0 and 1.")
         if check_seed(self.seed) + self.splits > 2**32:
@@ -232,9 +231,7 @@ class InBetween:
 
     def __post_init__(self) -> None:
         for name, least in (("splits", 1), ("rows", 2)):
-            value = getattr(self, name)
-            if not isinstance(value, int | np.integer) or value < least:
-                raise OptionError(f"{name}={value!r} must be a whole number of at least {least}.")
+            check_whole(name, getattr(self, name), least)
         check_seed(self.seed)
 
     name, task, noise = "in-between", "regression", 0.1

@@ -15,13 +15,11 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fspace.compare.cells import Budget, Cell, Method, run_cell
 from fspace.compare.problems import Dataset
 from fspace.compare.results import Results
 from fspace.errors import DataError, OptionError
-from fspace.predictive_base import check_seed
+from fspace.predictive_base import check_seed, check_whole
 
 ENGINES = ("process", "ray")
 JOURNAL = "cells.jsonl"
@@ -57,8 +55,8 @@ class Study:
             raise OptionError(f"budget={budget!r} is none; pass Budget(seconds=...).")
         self.budget = budget or Budget()
         self.folder = None if folder is None else Path(folder)
-        if splits is not None and (not isinstance(splits, int | np.integer) or splits < 1):
-            raise OptionError(f"splits={splits!r} must be a whole number of at least 1.")
+        if splits is not None:
+            check_whole("splits", splits)
         self.splits = splits
         for what, names in (
             ("data set", [d.name for d in self.datasets]),
@@ -98,8 +96,7 @@ class Study:
         """
         if engine not in ENGINES:
             raise OptionError(f"engine={engine!r} does not exist; choose one of {', '.join(ENGINES)}.")
-        if not isinstance(jobs, int | np.integer) or jobs < 1:
-            raise OptionError(f"jobs={jobs!r} must be a whole number of at least 1.")
+        check_whole("jobs", jobs)
         journal = None if self.folder is None else Journal(self.folder / JOURNAL, resume)
         keys = [cell_key(cell) for cell in self.cells]
         done = {

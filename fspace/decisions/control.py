@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fspace.errors import OptionError
 from fspace.posterior import FunctionPosterior
-from fspace.predictive_base import check_seed
+from fspace.predictive_base import check_seed, check_whole
 
 PLANNERS = ("psrl", "mean", "random")
 
@@ -118,8 +118,7 @@ def learn_to_control(
     if not isinstance(task, Task) or isinstance(task, type):
         raise OptionError(f"task={task!r} is no Task; pass for example Pendulum().")
     for name, count in (("episodes", episodes), ("steps", steps), ("horizon", horizon)):
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise OptionError(f"{name}={count!r} must be a whole number of at least 1.")
+        check_whole(name, count)
     check_seed(seed)
     if planner not in PLANNERS:
         raise OptionError(f"planner={planner!r} does not exist; choose one of {', '.join(PLANNERS)}.")

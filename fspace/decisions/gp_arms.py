@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from gpytorch.constraints import GreaterThan
 from gpytorch.kernels import AdditiveKernel, MaternKernel, PolynomialKernel, ScaleKernel
@@ -30,6 +29,7 @@ from fspace.inference.inducing import greedy_variance
 from fspace.inference.optimise import lbfgs
 from fspace.inference.streaming import unexplained
 from fspace.kernels.evaluate import covariance
+from fspace.predictive_base import check_whole
 
 FIRST = 10  # rewards before anything is learned; then at every doubling
 SUBSET = 256  # random rows whose evidence teaches the kernel
@@ -71,12 +71,8 @@ class GPArms:
         remember: Any = 10_000,
         seed: int = 0,
     ):
-        for name, value, least in (
-            ("width", width, 1), ("arms", arms, 2), ("most", most, 1), ("remember", remember, FIRST),
-        ):  # fmt: skip
-            if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-                raise OptionError(f"{name}={value!r} must be a whole number of at least {least}.")
-        self.width, self.arms, self.most = int(width), int(arms), int(most)
+        self.width, self.arms = check_whole("width", width), check_whole("arms", arms, 2)
+        self.most, remember = check_whole("most", most), check_whole("remember", remember, FIRST)
         if not (math.isfinite(reward_scale) and reward_scale > 0 and math.isfinite(mean)):
             raise OptionError(
                 f"mean={mean!r} and reward_scale={reward_scale!r} must be finite, and reward_scale above 0."

@@ -63,29 +63,14 @@ _EXTRACTORS: dict[str, type[nn.Module]] = {
     kind.__name__: kind
     for kind in (extractors.MLP, extractors.ResidualMLP, extractors.ConvNet, extractors.CausalConv)
 }
+_CONVOLUTION = (
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias",
+)  # fmt: skip
 # torch layers whose constructor arguments can be read back from attributes of the same name
 _LAYERS: dict[str, tuple[str, ...]] = {
     "Linear": ("in_features", "out_features", "bias"),
-    "Conv1d": (
-        "in_channels",
-        "out_channels",
-        "kernel_size",
-        "stride",
-        "padding",
-        "dilation",
-        "groups",
-        "bias",
-    ),
-    "Conv2d": (
-        "in_channels",
-        "out_channels",
-        "kernel_size",
-        "stride",
-        "padding",
-        "dilation",
-        "groups",
-        "bias",
-    ),
+    "Conv1d": _CONVOLUTION,
+    "Conv2d": _CONVOLUTION,
     "MaxPool2d": ("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
     "AvgPool2d": ("kernel_size", "stride", "padding", "ceil_mode"),
     "AdaptiveAvgPool2d": ("output_size",),

@@ -11,15 +11,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from fspace.errors import NumericalError, OptionError
 from fspace.inference.basis import Site
 from fspace.inference.collapsed import CHUNK
 from fspace.server.weight_gaussians import Natural, apply
-from fspace.server.weight_workers import WeightLikelihood, WeightWorker
-from fspace.server.weights import WeightBasis
-from fspace.server.workers import Shard
+from fspace.server.weight_workers import WeightWorker
 
 LEVEL_DRAWS = 4  # of q, for the evidence
 
@@ -68,18 +66,7 @@ class _Shape:
 class PviWorker(WeightWorker):
     """A worker that keeps nothing between rounds: a step is a function of its arguments and the seed."""
 
-    def __init__(
-        self,
-        name: str,
-        shard: Shard,
-        basis: WeightBasis,
-        module: nn.Module,
-        likelihood: WeightLikelihood,
-        seed: int,
-        how: Pvi,
-    ):
-        super().__init__(name, shard, basis, module, likelihood, seed)
-        self.how = how
+    how: Pvi
 
     def step(self, own: Site, cavity: Site) -> Site:
         """`damping` of the way to the site of the best q; it may be indefinite, the server sees to it that what is left

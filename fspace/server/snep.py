@@ -16,14 +16,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from fspace.errors import NumericalError, OptionError
 from fspace.inference.basis import Site
 from fspace.server.weight_gaussians import Limits, Mean, Natural
-from fspace.server.weight_workers import WeightLikelihood, WeightWorker
-from fspace.server.weights import WeightBasis
-from fspace.server.workers import Shard
+from fspace.server.weight_workers import WeightWorker
 
 MEMORY = 0.999  # of the average of squared gradients, as Adam's
 FAR = 1e6  # of the prior's standard deviations: no posterior is there
@@ -112,22 +110,11 @@ class Langevin:
 class SnepWorker(WeightWorker):
     """A worker that samples. Its chain and its damper are lost when it dies; a new one starts at the posterior."""
 
-    def __init__(
-        self,
-        name: str,
-        shard: Shard,
-        basis: WeightBasis,
-        module: nn.Module,
-        likelihood: WeightLikelihood,
-        seed: int,
-        how: Snep,
-    ):
-        super().__init__(name, shard, basis, module, likelihood, seed)
-        self.how = how
-        self._chain: Langevin | None = None
-        self._batches: Iterator[tuple[Tensor, Tensor, float]] | None = None
-        self._damper: Natural | None = None
-        self._taken = 0  # steps since the damper was the posterior
+    how: Snep
+    _chain: Langevin | None = None
+    _batches: Iterator[tuple[Tensor, Tensor, float]] | None = None
+    _damper: Natural | None = None
+    _taken = 0  # steps since the damper was the posterior
 
     def step(self, own: Site, cavity: Site) -> Site:
         """The site after `steps` steps against the cavity; its log_scale makes the evidence of all sites an estimate of

@@ -84,7 +84,7 @@ WeightLikelihood: TypeAlias = Softmax | GaussianNoise
 
 
 class WeightWorker(ABC):
-    """One contributor: reads its shard where it runs, and makes its site over the weights.
+    """One contributor: reads its shard where it runs, and makes its site over the weights as `how` says.
 
     The module is a copy of its own, in eval mode: a posterior over weights leaves no work for dropout, and statistics
     of a batch are no function of weights.
@@ -98,8 +98,10 @@ class WeightWorker(ABC):
         module: nn.Module,
         likelihood: WeightLikelihood,
         seed: int,
+        how: Any,
     ):
-        self.name, self.shard, self.basis, self.likelihood, self.seed = name, shard, basis, likelihood, seed
+        self.name, self.shard, self.basis, self.likelihood = name, shard, basis, likelihood
+        self.seed, self.how = seed, how
         self.module = copy.deepcopy(module).eval()
         parameter = next(p for p in self.module.parameters() if p.requires_grad)
         self.dtype, self.device = parameter.dtype, parameter.device

@@ -3,15 +3,14 @@
 import json
 import math
 import re
-import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from fspace import cli
 from fspace.compare import command, pictures
 from fspace.compare.ranks import rank
 from fspace.compare.report import rankings, write_report
@@ -209,17 +208,10 @@ def test_a_hopeless_method_does_not_flatten_the_others():
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
+def run(terminal, monkeypatch, tmp_path):
+    """`fspace compare` in an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def command(*args):
-        monkeypatch.setattr(sys, "argv", ["fspace", "compare", *map(str, args)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return command
+    return partial(terminal, "compare")
 
 
 @pytest.fixture

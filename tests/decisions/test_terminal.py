@@ -1,30 +1,21 @@
 """`fspace decide` as a person meets it: what is written, and what is refused in one line."""
 
 import json
-import sys
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 
 import fspace
-from fspace import cli
 from fspace.decisions import Newsvendor, best_action, select
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
-    """Run a command line in an empty folder: (exit status, stdout, stderr)."""
+def run(terminal, monkeypatch, tmp_path):
+    """`fspace decide` in an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def command(*args):
-        monkeypatch.setattr(sys, "argv", ["fspace", "decide", *map(str, args)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return command
+    return partial(terminal, "decide")
 
 
 def table(n=60, seed=0):

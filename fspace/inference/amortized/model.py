@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
-import uuid
-import zipfile
 from abc import abstractmethod
 from dataclasses import asdict
 from importlib import import_module
@@ -15,11 +12,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load as read_tensors
-from safetensors.torch import save as write_tensors
 from torch import Tensor, nn
 
 from fspace import __version__
+from fspace.archive import read_archive, write_archive
 from fspace.errors import DataError, DeviceError, ModelFileError, NotFittedError
 from fspace.inference.amortized.training import History, Rows, Trainable, plan_of, train
 from fspace.inference.numerics import pick_device, seeded
@@ -138,30 +134,14 @@ class AmortizedModel(Trainable):
             "shape": self.shape_,
             "history": asdict(self.history_) if hasattr(self, "history_") else None,
         }
-        part = path.with_name(f".{uuid.uuid4().hex[:8]}.part")
-        try:
-            with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
-                archive.writestr("amortized.json", json.dumps(header))
-                state = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
-                archive.writestr("amortized.safetensors", write_tensors(state))
-            os.replace(part, path)
-        except OSError as error:
-            raise ModelFileError(f"{str(path)!r} cannot be written: {error.strerror}.") from error
-        finally:
-            part.unlink(missing_ok=True)
+        write_archive(path, "amortized", json.dumps(header), self.state_dict(), repr(str(path)))
         return path
 
 
 def load(path: str | Path, device: str = "auto") -> AmortizedModel:
     """Read a saved amortised model. Raises ModelFileError for files that are missing, damaged or foreign."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            header = json.loads(archive.read("amortized.json"))
-            state = read_tensors(archive.read("amortized.safetensors"))
-    except FileNotFoundError as error:
-        raise ModelFileError(f"{path}: no such file.") from error
-    except Exception as error:  # zipfile, json and safetensors each raise their own kinds for damaged bytes
-        raise ModelFileError(f"{path} is no amortised model of fspace, or damaged ({error}).") from error
+    foreign = f"{path} is no amortised model of fspace, or damaged"
+    header, state = read_archive(path, "amortized", foreign)
     try:
         if header["format"] != FORMAT:
             raise ModelFileError(f"{path} has format {header['format']}; this version reads {FORMAT}.")

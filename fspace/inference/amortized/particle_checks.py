@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from fspace.errors import DataError, NumericalError, OptionError
+from fspace.inference.amortized.checks import count
 from fspace.inference.amortized.resampling import SCHEMES
 
 
@@ -17,8 +18,7 @@ def options(
     particles: Any, resampling: Any, criterion: Any, threshold: Any, ancestor_grad: Any, temperature: Any
 ) -> None:
     """Raises OptionError for the first that does not exist or does not fit the others."""
-    if isinstance(particles, bool) or not isinstance(particles, int) or particles < 1:
-        raise OptionError(f"particles={particles!r} must be a whole number, at least 1.")
+    count(particles, "particles")
     for name, value, known in (
         ("resampling", resampling, tuple(SCHEMES)),
         ("criterion", criterion, ("ess", "always", "never")),

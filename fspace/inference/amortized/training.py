@@ -7,9 +7,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import uuid
-import zipfile
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -18,10 +15,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import load as read_tensors
-from safetensors.torch import save as write_tensors
 from torch import Tensor, nn
 
+from fspace.archive import read_archive, write_archive
 from fspace.errors import DataError, ModelFileError, NumericalError, OptionError
 from fspace.inference.amortized import checks
 from fspace.interrupts import interrupts
@@ -263,35 +259,15 @@ class _Run:
         tensors["generator"] = self.generator.get_state()
         header = {"about": self.about, "history": asdict(self.history)}
         path = Path(self.plan.checkpoint)
-        part = path.with_name(f".{uuid.uuid4().hex[:8]}.part")
-        try:
-            with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
-                archive.writestr("run.json", json.dumps(header))
-                archive.writestr(
-                    "run.safetensors",
-                    write_tensors({k: v.cpu().contiguous().clone() for k, v in tensors.items()}),
-                )
-            os.replace(part, path)
-        except OSError as error:
-            raise ModelFileError(f"checkpoint={str(path)!r} cannot be written: {error.strerror}.") from error
-        finally:
-            part.unlink(missing_ok=True)
+        write_archive(path, "run", json.dumps(header), tensors, f"checkpoint={str(path)!r}")
 
     def resume(self) -> None:
         """Go on from the checkpoint, where there is one."""
         if self.plan.checkpoint is None or not Path(self.plan.checkpoint).exists():
             return
         path = self.plan.checkpoint
-        try:
-            with zipfile.ZipFile(path) as archive:
-                header = json.loads(archive.read("run.json"))
-                tensors = read_tensors(archive.read("run.safetensors"))
-        except (
-            Exception
-        ) as error:  # zipfile, json and safetensors each raise their own kinds for damaged bytes
-            raise ModelFileError(
-                f"checkpoint={str(path)!r} is no checkpoint, or damaged ({error})."
-            ) from error
+        foreign = f"checkpoint={str(path)!r} is no checkpoint, or damaged"
+        header, tensors = read_archive(path, "run", foreign)
         theirs = header.get("about", {})
         other = [k for k, value in self.about.items() if theirs.get(k) != value]
         if other:

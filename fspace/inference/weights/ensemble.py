@@ -17,6 +17,7 @@ from fspace.inference.weights.distributions import Points
 from fspace.inference.weights.likelihoods import NetworkLikelihood
 from fspace.inference.weights.problem import Problem
 from fspace.inference.weights.train import Loss, held_out_rows, negative_log_joint, train
+from fspace.predictive_base import check_whole
 
 LEAST_HELD_OUT = 20  # rows: below, all are learned from to the end
 
@@ -55,8 +56,7 @@ class Ensemble:
     name: ClassVar[str] = "ensemble"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.members, int) or self.members < 1:
-            raise OptionError(f"members={self.members!r} must be a whole number of at least 1.")
+        check_whole("members", self.members)
         if not 0 <= self.held_out < 1:
             raise OptionError(f"held_out={self.held_out!r} must be at least 0 and below 1.")
         if not self.decay >= 0:

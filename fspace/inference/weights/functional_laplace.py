@@ -12,12 +12,12 @@ from typing import ClassVar
 
 import torch
 
-from fspace.errors import OptionError
 from fspace.inference.weights.curvature import region_of
 from fspace.inference.weights.distributions import StateDistribution
 from fspace.inference.weights.laplace import LARGEST, Laplace, mode_and_factors
 from fspace.inference.weights.likelihoods import NetworkLikelihood
 from fspace.inference.weights.problem import Problem
+from fspace.predictive_base import check_whole
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class FunctionalLaplace:
     name: ClassVar[str] = "functional_laplace"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rows, int) or self.rows < 1:
-            raise OptionError(f"rows={self.rows!r} must be a whole number of at least 1.")
+        check_whole("rows", self.rows)
         Laplace("full", "all", self.tune, self.rounds)
 
     def fit(self, problem: Problem) -> tuple[StateDistribution, NetworkLikelihood]:

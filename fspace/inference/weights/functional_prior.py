@@ -15,7 +15,6 @@ from gpytorch.kernels import Kernel
 from jaxtyping import Float
 from torch import Tensor
 
-from fspace.errors import OptionError
 from fspace.inference.numerics import cholesky
 from fspace.inference.weights.distributions import Points
 from fspace.inference.weights.function_prior import (
@@ -28,6 +27,7 @@ from fspace.inference.weights.likelihoods import NetworkLikelihood
 from fspace.inference.weights.network import Network
 from fspace.inference.weights.problem import Problem
 from fspace.inference.weights.sgmcmc import SGHMC
+from fspace.predictive_base import check_whole
 
 DRAWS = 128
 PROJECTIONS = 64
@@ -51,8 +51,7 @@ class FunctionalPrior:
 
     def __post_init__(self) -> None:
         check_kernel_name(self.kernel)
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise OptionError(f"steps={self.steps!r} must be a whole number of at least 1.")
+        check_whole("steps", self.steps)
         SGHMC(self.samples, self.chains, self.thinning)
 
     def fit(self, problem: Problem) -> tuple[Points, NetworkLikelihood]:

@@ -31,6 +31,7 @@ from fspace.inference.weights.likelihoods import GaussianNoise, NetworkLikelihoo
 from fspace.inference.weights.mfvi import drawn_outputs
 from fspace.inference.weights.problem import Problem
 from fspace.inference.weights.train import Loss, train
+from fspace.predictive_base import check_whole
 
 JITTER = 1e-6  # of the mean variance of the prior: what functions may differ by unpunished
 
@@ -52,8 +53,7 @@ class FunctionVI:
 
     def __post_init__(self) -> None:
         check_kernel_name(self.kernel)
-        if not isinstance(self.points, int) or self.points < 2:
-            raise OptionError(f"points={self.points!r} must be a whole number of at least 2.")
+        check_whole("points", self.points, 2)
         if not 0 < self.start_scale <= 1:
             raise OptionError(f"start_scale={self.start_scale!r} must be above 0 and at most 1.")
 

@@ -22,6 +22,7 @@ from fspace.inference.weights.distributions import Points
 from fspace.inference.weights.likelihoods import NetworkLikelihood
 from fspace.inference.weights.problem import Problem
 from fspace.inference.weights.whitened import Whitened
+from fspace.predictive_base import check_whole
 
 LARGEST = 5000  # weights
 ROWS = 20_000
@@ -51,9 +52,7 @@ class HMC:
 
     def __post_init__(self) -> None:
         for name in ("samples", "chains", "warmup"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise OptionError(f"{name}={value!r} must be a whole number of at least 1.")
+            check_whole(name, getattr(self, name))
         if not 0 < self.length < math.inf:
             raise OptionError(f"length={self.length!r} must be a positive number.")
         if not 0 < self.acceptance < 1:

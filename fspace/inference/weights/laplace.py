@@ -26,6 +26,7 @@ from fspace.inference.weights.evidence import Spectrum, Tuned, tune
 from fspace.inference.weights.likelihoods import GaussianNoise, NetworkLikelihood
 from fspace.inference.weights.problem import Problem
 from fspace.inference.weights.train import negative_log_joint, train
+from fspace.predictive_base import check_whole
 
 STRUCTURES = ("full", "kronecker", "diagonal")
 LARGEST = 5000  # of a matrix whose eigenvalues are taken
@@ -55,8 +56,7 @@ class Laplace:
             )
         if self.layers not in ("all", "last"):
             raise OptionError(f"layers={self.layers!r} does not exist; choose 'all' or 'last'.")
-        if not isinstance(self.rounds, int) or self.rounds < 1:
-            raise OptionError(f"rounds={self.rounds!r} must be a whole number of at least 1.")
+        check_whole("rounds", self.rounds)
 
     def fit(self, problem: Problem) -> tuple[StateDistribution, NetworkLikelihood]:
         """The Gaussian, and the likelihood with its noise as tuned."""

@@ -15,6 +15,7 @@ from fspace.inference.weights.distributions import Points
 from fspace.inference.weights.likelihoods import NetworkLikelihood
 from fspace.inference.weights.problem import Problem
 from fspace.inference.weights.whitened import Whitened
+from fspace.predictive_base import check_whole
 
 LARGEST = 5000  # weights
 ROWS = 20_000
@@ -37,9 +38,7 @@ class NUTS:
 
     def __post_init__(self) -> None:
         for name in ("samples", "chains", "warmup", "max_tree_depth"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise OptionError(f"{name}={value!r} must be a whole number of at least 1.")
+            check_whole(name, getattr(self, name))
 
     def fit(self, problem: Problem) -> tuple[Points, NetworkLikelihood]:
         """The kept states of all chains."""

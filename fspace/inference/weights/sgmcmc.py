@@ -22,6 +22,7 @@ from fspace.inference.weights.likelihoods import NetworkLikelihood
 from fspace.inference.weights.problem import Problem
 from fspace.inference.weights.train import diverged
 from fspace.inference.weights.whitened import Whitened, preconditioned, settled
+from fspace.predictive_base import check_whole
 
 ALL_ROWS = 1024  # up to so many rows a step takes all
 RETRIES = 5  # runs, each with half the step of the one before, until one stays finite
@@ -44,9 +45,7 @@ class _Chains:
 
     def __post_init__(self) -> None:
         for name in ("samples", "chains", "thinning"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise OptionError(f"{name}={value!r} must be a whole number of at least 1.")
+            check_whole(name, getattr(self, name))
         if not 0 <= self.warmup < 1:
             raise OptionError(f"warmup={self.warmup!r} must be at least 0 and below 1.")
 

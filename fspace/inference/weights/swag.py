@@ -20,6 +20,7 @@ from fspace.inference.weights.likelihoods import NetworkLikelihood
 from fspace.inference.weights.problem import Problem
 from fspace.inference.weights.train import diverged
 from fspace.inference.weights.whitened import Whitened, settled
+from fspace.predictive_base import check_whole
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,8 @@ class SWAG:
     name: ClassVar[str] = "swag"
 
     def __post_init__(self) -> None:
-        for name in ("rank", "collect", "every"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 2 - (name == "every"):
-                raise OptionError(
-                    f"{name}={value!r} must be a whole number of at least {2 - (name == 'every')}."
-                )
+        for name, least in (("rank", 2), ("collect", 2), ("every", 1)):
+            check_whole(name, getattr(self, name), least)
         if self.step_size is not None and not self.step_size > 0:
             raise OptionError(f"step_size={self.step_size!r} must be positive, or None.")
 

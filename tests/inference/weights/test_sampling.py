@@ -86,6 +86,7 @@ def test_slopes_and_stiffness_are_those_of_the_log_joint(small):
 def test_settings_that_do_not_exist_are_refused():
     for options, words in (
         ({"samples": 0}, "samples"),
+        ({"samples": True}, "samples=True must be a whole number of at least 1"),
         ({"chains": 0}, "chains"),
         ({"warmup": 1.0}, "warmup"),
     ):
