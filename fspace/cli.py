@@ -299,11 +299,16 @@ def compare(
         jobs,
         seed,
     )
-    summary = compare_table(run, quiet=as_json)
+    goes_on = f"the same command{' without --overwrite' if overwrite else ''} goes on"
+    try:
+        summary = compare_table(run, quiet=as_json)
+    except KeyboardInterrupt:  # a second one, while the page was being written, or one before the first fit
+        typer.echo(f"Interrupted, without a page; finished fits are kept: {goes_on}.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
     if as_json:
         _print_json(summary)
     else:
-        _print_comparison(summary)
+        _print_comparison(summary, goes_on)
     if summary["interrupted"]:
         raise typer.Exit(INTERRUPTED)
 
@@ -447,7 +452,7 @@ def _print_json(results: dict[str, Any]) -> None:
     typer.echo(to_json(results))
 
 
-def _print_comparison(summary: dict[str, Any]) -> None:
+def _print_comparison(summary: dict[str, Any], goes_on: str) -> None:
     """A table for each data set, what was found, what went wrong, and last the line that says what to open."""
     from rich.console import Console
     from rich.table import Table
@@ -467,9 +472,7 @@ def _print_comparison(summary: dict[str, Any]) -> None:
         for dataset, k, name, status, why in summary["troubles"]
     ]
     if summary["interrupted"]:
-        lines.append(
-            f"Interrupted after {summary['fits']} of {summary['of']} fits; the same command goes on."
-        )
+        lines.append(f"Interrupted after {summary['fits']} of {summary['of']} fits; {goes_on}.")
     lines.append(f"Budget: {summary['budget']}. Open {summary['report']}")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)

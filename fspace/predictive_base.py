@@ -35,10 +35,11 @@ def check_seed(seed: Any) -> int:
     return int(seed)
 
 
-def check_count(n: Any, least: int = 0) -> int:
-    """How many draws. Raises OptionError unless n is a whole number of at least `least`."""
+def check_count(n: Any, least: int = 0, name: str = "") -> int:
+    """How many draws, or how many of `name`. Raises OptionError unless n is a whole number of at least `least`."""
     if not isinstance(n, int | np.integer) or isinstance(n, bool) or n < least:
-        raise OptionError(f"n={n!r}: how many to draw is a whole number of at least {least}.")
+        what = f"{name}={n!r} must be" if name else f"n={n!r}: how many to draw is"
+        raise OptionError(f"{what} a whole number of at least {least}.")
     return int(n)
 
 

@@ -75,7 +75,7 @@ def select(
         raise OptionError(f"duplicates={duplicates!r} does not exist; choose 'error' or 'drop'.")
     if not isinstance(k, int | np.integer) or isinstance(k, bool) or k < 1:
         raise OptionError(f"k={k!r}: how many rows to choose is a whole number of at least 1.")
-    shortlist = max(check_count(shortlist, 1), 2 * k)
+    shortlist = max(check_count(shortlist, 1, "shortlist"), 2 * k)
     posterior = posterior_of(model)
     if criterion == "nipv":
         if reference is None and not (hasattr(pool, "shape") or isinstance(pool, list | tuple)):

@@ -75,7 +75,7 @@ class ArmPosterior:
     """
 
     def __init__(self, basis: Basis, arms: int, mean: float = 0.0, reward_scale: float = 1.0):
-        self.basis, self.arms = basis, check_count(arms, 2)
+        self.basis, self.arms = basis, check_count(arms, 2, "arms")
         self.mean, self.reward_scale = mean, reward_scale
         self.constant = isinstance(basis.kernel, LinearKernel)
         m = basis.inducing_inputs.shape[0]

@@ -45,7 +45,7 @@ def value_of_information(
     them the value is biased upwards. Raises what `best_action` does, and OptionError where the posterior cannot be
     conditioned. Source: Raiffa and Schlaifer (1961), preposterior analysis.
     """
-    check_count(outcomes, 2)
+    check_count(outcomes, 2, "outcomes")
     posterior, rows, places = posterior_of(model), rows_of(model, x), rows_of(model, at, "at")
 
     def best(of: Any) -> Tensor:

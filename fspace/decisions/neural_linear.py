@@ -23,7 +23,7 @@ class NeuralLinear:
     def __init__(
         self, width: int, arms: int, hidden: int = 50, every: int = 50, steps: int = 100, seed: int = 0
     ):
-        self.arms, self.every, self.steps = check_count(arms, 2), every, steps
+        self.arms, self.every, self.steps = check_count(arms, 2, "arms"), every, steps
         with seeded(seed):
             self.body = nn.Sequential(
                 nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()

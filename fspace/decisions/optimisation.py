@@ -109,7 +109,9 @@ class Optimizer:
             raise OptionError(
                 f"model={model!r}: pass a name, an estimator, or a function of (z, y) that gives a posterior."
             )
-        self.initial = max(4, 2 * len(self.space.settings)) if initial is None else check_count(initial, 1)
+        self.initial = (
+            max(4, 2 * len(self.space.settings)) if initial is None else check_count(initial, 1, "initial")
+        )
         self.told: list[Tried] = []
         self.pending: list[dict[str, Any]] = []
         self.seconds: list[float] = []  # that each ask took
@@ -137,7 +139,7 @@ class Optimizer:
         started = time.perf_counter()
         pending, asked = list(self.pending), self._asked
         try:
-            for _ in range(check_count(count, 1)):
+            for _ in range(check_count(count, 1, "count")):
                 self.pending.append(self._propose())
                 self._asked += 1
             self._save()

@@ -25,6 +25,12 @@ def posterior_of(model: Any) -> FunctionPosterior:
     raise OptionError(f"{type(model).__name__} is no posterior over functions and no estimator that has one.")
 
 
+def check_callable(f: Any, name: str) -> None:
+    """Raises OptionError for what cannot be called: a number where a function belongs, say."""
+    if not callable(f):
+        raise OptionError(f"{name} must be a function, not {type(f).__name__} ({f!r:.60}).")
+
+
 def rows_of(model: Any, x: Any, name: str = "x") -> Float[Tensor, "n d"]:
     """Rows as the posterior takes them: a table goes through the estimator's encoder, by column names.
 

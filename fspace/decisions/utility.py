@@ -155,7 +155,7 @@ def best_action(
     integers) -> [s, n], higher is better. Samples are shared by the actions, so their differences are sharper than
     their values. Raises UtilityError for NaN, infinity or another shape; OptionError, DataError for the rest.
     """
-    check_count(samples, 2)
+    check_count(samples, 2, "samples")
     posterior, rows = posterior_of(model), rows_of(model, x)
     if actions is None and isinstance(utility, CostMatrix):
         actions = torch.arange(len(utility.cost))

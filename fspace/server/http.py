@@ -36,7 +36,9 @@ except ImportError as error:
     raise OptionError("The network front needs FastAPI and uvicorn: pip install 'fspace[serve]'.") from error
 
 BYTES = "application/octet-stream"
-KEEP_ALIVE = 60  # seconds a silent connection stays open: longer than clients keep theirs (httpx: 5), or one is closed
+KEEP_ALIVE = (
+    60  # seconds a silent connection stays open: longer than clients keep theirs (httpx: 5), or one is closed
+)
 # under a request that is just being sent
 MODEL = "model"  # the attachment that holds the model file
 STATUS = {
