@@ -29,6 +29,7 @@ from fspace.decisions.sources import parts_of, posterior_of, rows_of
 from fspace.errors import DataError, OptionError
 from fspace.posterior import FunctionPosterior
 from fspace.predictive import Categorical, Gaussian, Mixture, Predictive, Samples, check_count
+from fspace.predictive_base import check_seed
 
 CRITERIA = ("bald", "variance", "eig", "batchbald", "nipv")
 PART = 8192  # rows scored at once
@@ -75,6 +76,7 @@ def select(
         raise OptionError(f"duplicates={duplicates!r} does not exist; choose 'error' or 'drop'.")
     if not isinstance(k, int | np.integer) or isinstance(k, bool) or k < 1:
         raise OptionError(f"k={k!r}: how many rows to choose is a whole number of at least 1.")
+    check_seed(seed)
     shortlist = max(check_count(shortlist, 1, "shortlist"), 2 * k)
     posterior = posterior_of(model)
     if criterion == "nipv":

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fspace.decisions.journal import Journal
+from fspace.decisions.sources import check_number
 from fspace.errors import DataError, OptionError, UtilityError
 from fspace.inference.basis import Basis
 from fspace.inference.numerics import cholesky, solve_lower
@@ -57,8 +58,11 @@ class Arms(Protocol):
 def linear_basis(width: int, prior_variance: float = 1.0, noise: float = 0.1) -> Basis:
     """The basis of Bayesian linear regression with an intercept: contexts [n, width], N(0, prior_variance) weights.
 
-    noise: variance of a reward given its arm and context.
+    noise: variance of a reward given its arm and context, at least 1e-6. Raises OptionError.
     """
+    width = check_count(width, 1, "width")
+    prior_variance = check_number(prior_variance, "prior_variance", "be a positive number", 0.0)
+    noise = check_number(noise, "noise", "be a number of at least 1e-06", 0.999e-6)
     kernel = LinearKernel().double()
     kernel.variance = torch.tensor([[prior_variance]], dtype=torch.float64)
     likelihood = gaussian_likelihood(1, noise, torch.device("cpu"))
@@ -75,6 +79,12 @@ class ArmPosterior:
     """
 
     def __init__(self, basis: Basis, arms: int, mean: float = 0.0, reward_scale: float = 1.0):
+        if not isinstance(basis, Basis):
+            raise OptionError(f"basis={basis!r}: pass `linear_basis(width)`, or the Basis of a fitted GP.")
+        (
+            check_number(mean, "mean", "be a number"),
+            check_number(reward_scale, "reward_scale", "be above 0", 0.0),
+        )
         self.basis, self.arms = basis, check_count(arms, 2, "arms")
         self.mean, self.reward_scale = mean, reward_scale
         self.constant = isinstance(basis.kernel, LinearKernel)
@@ -176,8 +186,9 @@ class Bandit:
     ):
         if policy not in POLICIES:
             raise OptionError(f"policy={policy!r} does not exist; choose one of {', '.join(POLICIES)}.")
-        if not (width >= 0 and math.isfinite(width)):
-            raise OptionError(f"width={width!r} must be a number of standard deviations, 0 or more.")
+        if not isinstance(arms, Arms):
+            raise OptionError(f"arms={arms!r}: pass what is known of rewards, such as GPArms(width, arms).")
+        width = check_number(width, "width", "be a number of standard deviations, 0 or more", -1e-300)
         self.known, self.policy, self.width = arms, policy, width
         self.pending: dict[int, tuple[list[float], int]] = {}
         self.told, self._next = 0, 0
@@ -232,7 +243,7 @@ class Bandit:
         `off_policy_value`), which Thompson sampling does not need to act; without, it is NaN."""
         try:
             contexts = self._contexts([np.asarray(context, dtype=np.float64)])
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise DataError(f"A context must be finite numbers [d]; it is {context!r}.") from error
         if self.policy == "uniform" or propensity:
             shares = self.probabilities(contexts)[0]
@@ -259,7 +270,7 @@ class Bandit:
         """
         try:
             ids = [int(i) for i in ids]
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise DataError(
                 f"ids must be the numbers of choices, [choice.id, ...]; they are {ids!r}."
             ) from error

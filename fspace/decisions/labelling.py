@@ -38,7 +38,8 @@ def learning_curve(
         raise OptionError(
             f"criterion={criterion!r} does not exist; choose one of {', '.join((*CRITERIA, *BASELINES))}."
         )
-    check_callable(fit, "fit"), check_callable(score, "score")
+    check_callable(fit, "fit")
+    check_callable(score, "score")
     check_count(start, 2, "start"), check_count(batch, 1, "batch"), check_count(labels, 2, "labels")
     check_seed(seed)
     X, y = np.asarray(X), np.asarray(y)

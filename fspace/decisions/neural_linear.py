@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fspace.decisions.bandits import Moments
 from fspace.inference.numerics import seeded, solve_lower
 from fspace.predictive import check_count
+from fspace.predictive_base import check_seed
 
 
 class NeuralLinear:
@@ -23,6 +24,8 @@ class NeuralLinear:
     def __init__(
         self, width: int, arms: int, hidden: int = 50, every: int = 50, steps: int = 100, seed: int = 0
     ):
+        check_count(width, 1, "width"), check_count(hidden, 1, "hidden"), check_count(every, 1, "every")
+        check_count(steps, 1, "steps"), check_seed(seed)
         self.arms, self.every, self.steps = check_count(arms, 2, "arms"), every, steps
         with seeded(seed):
             self.body = nn.Sequential(

@@ -118,6 +118,8 @@ class Optimizer:
         self._asked = 0
         self._posteriors: list[FunctionPosterior] = []
         self._fitted_on = self._known = 0
+        if state is not None and not isinstance(state, str | os.PathLike):
+            raise OptionError(f"state={state!r} is no name of a file.")
         self.path = None if state is None else Path(state)
         if self.path is not None and self.path.exists():
             self._restore(read_state(self.path))

@@ -7,11 +7,25 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+import fspace
 from fspace import cli
 from fspace.compare import command as compare_command
-from fspace.decisions import GymCartPole, GymPendulum, Pendulum, Space
-from fspace.errors import DataError, OptionError
+from fspace.decisions import (
+    CostMatrix,
+    CVaR,
+    GymCartPole,
+    GymPendulum,
+    Linear,
+    Newsvendor,
+    Pendulum,
+    Space,
+    best_action,
+    off_policy_value,
+)
+from fspace.decisions.rejecting import losses_of
+from fspace.errors import DataError, OptionError, UtilityError
 
 
 @pytest.fixture
@@ -114,15 +128,79 @@ def test_a_step_from_nan_or_by_nan_is_refused(task, action, at):
         one.step(np.zeros(5), 0.0)
 
 
+# ---- the wrong utility, the wrong model
+
+
+X = torch.rand(20, 2, generator=torch.Generator().manual_seed(0)).double()
+
+
+@pytest.fixture(scope="module")
+def models():
+    two = torch.stack([X[:, 0], -X[:, 1]], 1)
+    return {
+        "numbers": fspace.GPRegressor(kernel="rbf", progress=False).fit(X, X[:, 0]),
+        "two": fspace.GPRegressor(kernel="rbf", progress=False).fit(X, two),
+        "classes": fspace.GPClassifier(kernel="rbf", progress=False).fit(X, X[:, 0] > 0.5),
+    }
+
+
+@pytest.mark.parametrize(
+    "kind, actions, utility, risk, words",
+    [
+        ("classes", [0.0, 1.0], Linear(), None, "Linear is for numbers"),
+        ("classes", [0.0, 1.0], Linear(), CVaR(0.1), "Linear is for numbers"),  # payoffs of class positions
+        ("classes", None, Newsvendor(1.0, 2.0), None, "Newsvendor is for numbers"),
+        ("classes", [0.0, 2.0], CostMatrix([[0, 1], [1, 0]]), None, "positions of its 2 rows"),
+        ("classes", [0.5], CostMatrix([[0, 1], [1, 0]]), None, "positions of its 2 rows"),
+        ("numbers", None, CostMatrix([[0, 1], [1, 0]]), CVaR(0.1), "for classes"),
+        ("numbers", [[0.0, 1.0]], Linear(), None, r"must be numbers \[a\]"),
+        ("numbers", ["all", "none"], Linear(), None, r"must be numbers \[a\]"),
+        ("two", [0.0, 1.0], Linear(), None, r"\[a, 2\]"),
+        ("two", None, Newsvendor(1.0, 2.0), None, "one output, but the model predicts 2"),
+    ],
+)
+def test_utilities_that_are_not_of_the_model(models, kind, actions, utility, risk, words):
+    with pytest.raises(OptionError, match=words):
+        best_action(models[kind], X[:3], actions, utility, risk)
+
+
+def test_a_payoff_that_overflows_its_mean_is_refused(models):
+    with pytest.raises(UtilityError, match="at most 1e"):
+        best_action(models["numbers"], X[:3], [1.0, 2.0], lambda action, y: y.exp() * 1e307)
+
+
+def test_losses_of_other_rows(models):
+    with pytest.raises(DataError, match="y has shape"):
+        losses_of(models["numbers"].predictive(X[:3]), [1.0])
+    with pytest.raises(DataError, match="y has shape"):
+        losses_of(models["classes"].predictive(X[:3]), [1, 0])
+
+
+def test_arms_of_a_log_are_whole():
+    with pytest.raises(DataError, match="whole numbers"):
+        off_policy_value([1.0, 0.0], [0.7, 1.0], [0.5, 0.5], [[0.5, 0.5]] * 2, method="ips")
+
+
+def test_whole_numbers_beyond_floats_are_refused():
+    with pytest.raises(DataError, match="too large"):
+        fspace.GPRegressor(progress=False).fit([[10**400, 1], [2, 3]], [1.0, 2.0])
+
+
 # ---- what the types forbid: a user has no checker of types
 
 
 UNTYPED = """
 import numpy as np
-from fspace.decisions import Pendulum, learn_to_control, learning_curve, optimize, optimize_latent
+import fspace
+from fspace.decisions import (
+    ArmPosterior, Bandit, CVaR, GPArms, Linear, MeanVariance, NeuralLinear, Newsvendor, Optimizer, Pendulum, Reject,
+    best_action, conformal_threshold, learn_to_control, learning_curve, linear_basis, optimize, optimize_latent, select,
+    selective_threshold,
+)
 from fspace.errors import FspaceError
 
 box, pool = {"x": (0.0, 1.0)}, np.random.default_rng(0).random((20, 3))
+known = fspace.GPRegressor(kernel="rbf", progress=False).fit(pool, pool[:, 0])
 for call in (
     lambda: optimize(3, box),
     lambda: optimize(box, box),
@@ -133,6 +211,31 @@ for call in (
     lambda: learning_curve(len, pool, pool[:5, 0], len),
     lambda: learning_curve(len, pool, pool[:, 0], len, batch=2.5),
     lambda: learning_curve(len, pool, pool[:, 0], len, seed=-1),
+    lambda: Newsvendor("1", 2.0),
+    lambda: Newsvendor(1e200, 2.0),
+    lambda: CVaR(None),
+    lambda: MeanVariance("a"),
+    lambda: Reject(None),
+    lambda: conformal_threshold([0.1] * 9, [0] * 9, "0.5"),
+    lambda: conformal_threshold([0.1] * 9, [0] * 9, 0.5, most=np.inf),
+    lambda: selective_threshold([0.1] * 9, [0] * 9, 0.5, None),
+    lambda: linear_basis("2"),
+    lambda: linear_basis(2, noise=0.0),
+    lambda: linear_basis(2, prior_variance=np.nan),
+    lambda: ArmPosterior("basis", 2),
+    lambda: Bandit("arms"),
+    lambda: Bandit(ArmPosterior(linear_basis(2), 2), width="2"),
+    lambda: Bandit(ArmPosterior(linear_basis(2), 2), journal=3),
+    lambda: Bandit(ArmPosterior(linear_basis(2), 2)).tell([np.inf], [1.0]),
+    lambda: Bandit(ArmPosterior(linear_basis(2), 2)).choose([10**400, 1]),
+    lambda: GPArms(2, 2, reward_scale="1"),
+    lambda: NeuralLinear("2", 2),
+    lambda: Optimizer(box, state=3),
+    lambda: best_action(known, pool, "ab", Linear()),
+    lambda: best_action(known, pool, 3, Linear()),
+    lambda: best_action(known, pool, [1, 2], 3),
+    lambda: best_action(known, pool, [1, 2], Linear(), "cvar"),
+    lambda: select(known, pool, 1, seed="0"),
 ):
     try:
         call()
@@ -145,7 +248,7 @@ def test_functions_that_are_none():
     done = subprocess.run([sys.executable, "-c", UNTYPED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 9, lines
+    assert len(lines) == 34, lines
     assert lines[0] == "f must be a function, not int (3)."
     assert "fit must be a function" in lines[3] and "score must be a function" in lines[5]
     assert "batch=2.5" in lines[7] and "seed=-1" in lines[8]
