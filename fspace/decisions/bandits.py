@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fspace.decisions.journal import Journal
 from fspace.decisions.sources import check_number
-from fspace.errors import DataError, OptionError, UtilityError
+from fspace.errors import DataError, ModelFileError, OptionError, UtilityError
 from fspace.inference.basis import Basis
 from fspace.inference.numerics import cholesky, solve_lower
 from fspace.inference.optimise import gaussian_likelihood
@@ -195,30 +195,43 @@ class Bandit:
         self.journal = None if journal is None else Journal(journal)
         self._generator = generator_for(seed, torch.device("cpu"))
         if self.journal is not None:
-            self._replay(self.journal.entries)
+            self._replay(self.journal)
             self._generator.manual_seed(
                 (seed + 1_000_003 * self._next) % 2**32
             )  # goes on, and not from the start
 
-    def _replay(self, entries: list[Any]) -> None:
+    def _replay(self, journal: Journal) -> None:
         contexts, arms, rewards = [], [], []
-        for entry in entries:
-            if "context" in entry:
-                if not entry["arm"] < self.known.arms:
-                    raise OptionError(
-                        f"The journal has a choice of arm {entry['arm']}, but the bandit has {self.known.arms} arms: "
-                        "it is another bandit's."
+        line = 0
+        try:
+            for entry in journal.entries:
+                line += 1
+                if "context" in entry:
+                    if not entry["arm"] < self.known.arms:
+                        raise OptionError(
+                            f"The journal has a choice of arm {entry['arm']}, but the bandit has {self.known.arms} "
+                            "arms: it is another bandit's."
+                        )
+                    self.pending[int(entry["id"])] = (
+                        _double([entry["context"]])[0].tolist(),
+                        int(entry["arm"]),
                     )
-                self.pending[entry["id"]] = (entry["context"], entry["arm"])
-                self._next = max(self._next, entry["id"] + 1)
-            else:
-                context, arm = self.pending.pop(entry["id"])
-                contexts.append(context)
-                arms.append(arm)
-                rewards.append(entry["reward"])
+                    self._next = max(self._next, entry["id"] + 1)
+                else:
+                    context, arm = self.pending.pop(entry["id"])
+                    contexts.append(context)
+                    arms.append(arm)
+                    rewards.append(check_number(entry["reward"], "reward", "be a finite number"))
+            seen = _double(contexts)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, OptionError) and "another bandit" in str(error):
+                raise
+            raise ModelFileError(
+                f"{str(journal.path)!r}, line {line}, is no line of a bandit's journal ({error!r})."
+            ) from error
         self.told = len(rewards)
         if rewards:
-            self.known.update(_double(contexts), torch.tensor(arms), _double(rewards))
+            self.known.update(seen, torch.tensor(arms), _double(rewards))
 
     def probabilities(self, contexts: Any) -> Float[Tensor, "n a"]:
         """Probability with which the policy takes each arm (of Thompson sampling estimated by draws, at least one of

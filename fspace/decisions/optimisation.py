@@ -25,7 +25,7 @@ from fspace.decisions.models import named_model
 from fspace.decisions.space import Space, parse_constraint
 from fspace.errors import DataError, InfeasibleError, ModelFileError, OptionError
 from fspace.posterior import FunctionPosterior
-from fspace.predictive import check_count
+from fspace.predictive import Categorical, check_count
 from fspace.predictive_base import check_seed
 
 GOALS = {"maximize": 1.0, "minimize": -1.0}
@@ -132,6 +132,13 @@ class Optimizer:
             k = self.outcomes.index(name)
             a[k] = factor * self.signs[k]
         return a, bound
+
+    def __repr__(self) -> str:
+        """Goals, and how much was told: what a notebook shows of what `optimize` returned."""
+        goals = ", ".join(f"{goal} {name}" for name, goal in self.goals.items())
+        return (
+            f"Optimizer({goals}; {len(self.told)} told, {len(self.pending)} pending; see best, pareto, told)"
+        )
 
     # ---- ask and tell ---------------------------------------------------------------------------
 
@@ -270,6 +277,13 @@ class Optimizer:
             fitted = self.model(x, y)
         if not isinstance(fitted, FunctionPosterior):
             raise OptionError(f"model={self.model!r} gave no posterior over functions, but {fitted!r}.")
+        outputs = fitted.num_outputs
+        if outputs != 1 or isinstance(fitted.observed(x[:1]), Categorical):
+            what = "classes" if outputs == 1 else f"{outputs} outputs"
+            raise OptionError(
+                f"model={self.model!r} predicts {what}; every outcome needs a model of one number (several are "
+                "modelled one by one)."
+            )
         return fitted
 
     def _data(self) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n t"]]:

@@ -13,19 +13,23 @@ import fspace
 from fspace import cli
 from fspace.compare import command as compare_command
 from fspace.decisions import (
+    ArmPosterior,
+    Bandit,
     CostMatrix,
     CVaR,
     GymCartPole,
     GymPendulum,
     Linear,
     Newsvendor,
+    Optimizer,
     Pendulum,
     Space,
     best_action,
+    linear_basis,
     off_policy_value,
 )
 from fspace.decisions.rejecting import losses_of
-from fspace.errors import DataError, OptionError, UtilityError
+from fspace.errors import DataError, ModelFileError, OptionError, UtilityError
 
 
 @pytest.fixture
@@ -184,6 +188,39 @@ def test_arms_of_a_log_are_whole():
 def test_whole_numbers_beyond_floats_are_refused():
     with pytest.raises(DataError, match="too large"):
         fspace.GPRegressor(progress=False).fit([[10**400, 1], [2, 3]], [1.0, 2.0])
+
+
+# ---- journals and models of another kind
+
+
+@pytest.mark.parametrize(
+    "lines, words",
+    [
+        (["[1]"], "line 1"),
+        (['{"id": 0, "reward": 1}'], "line 1"),
+        (['{"id": 0, "context": [1, 2], "arm": 0}', '{"id": 0, "reward": "a"}'], "line 2"),
+        (['{"id": 0, "context": [1, 2], "arm": 0}', '{"id": 0, "reward": NaN}'], "line 2"),
+        (['{"id": "0", "context": [1, 2], "arm": "x"}'], "line 1"),
+        (['{"id": 0, "context": ["a"], "arm": 1}'], "line 1"),
+    ],
+)
+def test_a_journal_of_something_else(tmp_path, lines, words):
+    """A reward that is NaN would be in every later decision."""
+    (tmp_path / "j").write_text("".join(f"{line}\n" for line in lines))
+    with pytest.raises(ModelFileError, match=words):
+        Bandit(ArmPosterior(linear_basis(2), 2), journal=tmp_path / "j")
+
+
+@pytest.mark.parametrize("acquisition", ["auto", "thompson"])
+@pytest.mark.parametrize("kind, words", [("two", "2 outputs"), ("classes", "classes")])
+def test_an_outcome_is_one_number(models, acquisition, kind, words):
+    box = {"x": (0.0, 1.0), "z": (0.0, 1.0)}
+    optimizer = Optimizer(box, model=lambda z, y: models[kind].posterior_, acquisition=acquisition, initial=2)
+    optimizer.tell(optimizer.ask(2), [1.0, 2.0])
+    with pytest.raises(OptionError, match=f"predicts {words}"):
+        optimizer.ask()
+    assert optimizer.pending == []
+    assert "minimize y; 2 told" in repr(optimizer)
 
 
 # ---- what the types forbid: a user has no checker of types
