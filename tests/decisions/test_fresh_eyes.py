@@ -310,3 +310,25 @@ def test_a_second_ctrl_c_says_how_to_go_on(run, tmp_path, monkeypatch, overwrite
     assert status == 130 and (tmp_path / "there" / "cells.jsonl").read_text().count("\n") == 1
     words = "the same command without --overwrite goes on" if overwrite else "the same command goes on"
     assert "finished fits are kept" in err and words in err
+
+
+def test_a_table_too_short_to_split_is_refused(run, tmp_path):
+    (tmp_path / "t.csv").write_text("x,y\n1,2\n")
+    status, _, err = run(
+        "compare", "t.csv", "--target", "y", "--methods", "linear", "--jobs", 1, "--out", "there"
+    )
+    assert status == 2 and "t has 1 row; a split needs 2" in err, err
+
+
+def test_where_all_fits_fail_the_reasons_are_told(run, tmp_path, monkeypatch):
+    """No score of any method: the page and the terminal say why each failed."""
+    from fspace.compare import cells
+
+    def broken(*_, **__):
+        raise DataError("the disk is full")
+
+    monkeypatch.setattr(cells, "_fit", broken)
+    pd.DataFrame({"x": np.arange(30.0), "y": np.sin(np.arange(30.0))}).to_csv(tmp_path / "t.csv", index=False)
+    options = ["--target", "y", "--methods", "linear", "--splits", 2, "--jobs", 1, "--out", "there"]
+    status, out, err = run("compare", "t.csv", *options)
+    assert status == 0 and out.count("the disk is full") == 2 and "Open there/report.html" in out, err
