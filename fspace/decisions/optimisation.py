@@ -29,6 +29,7 @@ from fspace.predictive import Categorical, check_count
 from fspace.predictive_base import check_seed
 
 GOALS = {"maximize": 1.0, "minimize": -1.0}
+FAILED = "Of an experiment that failed tell nothing; `drop` it."
 MOST = 1e150  # what is told squares to something finite
 
 
@@ -319,9 +320,7 @@ class Optimizer:
                     f"Result {i}: {name} is {values[name]}, whose square overflows; take other units."
                 )
             if not math.isfinite(values[name]):
-                raise DataError(
-                    f"Result {i}: {name} is {values[name]}. Of an experiment that failed tell nothing; `drop` it."
-                )
+                raise DataError(f"Result {i}: {name} is {values[name]}. {FAILED}")
         return values
 
     def _settle(self, row: dict[str, Any]) -> bool:

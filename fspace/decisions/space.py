@@ -132,7 +132,10 @@ class Space:
                 slack = 1e-9 * (high - low)
                 whole = not isinstance(setting, range) or number.is_integer()
                 if not (low - slack <= number <= high + slack and whole):
-                    raise DataError(f"Configuration {i}: {name}={value!r} is outside {setting}.")
+                    kind = "whole numbers from" if isinstance(setting, range) else "numbers from"
+                    raise DataError(
+                        f"Configuration {i}: {name}={value!r} is outside the {kind} {setting[0]:g} to {setting[-1]:g}."
+                    )
                 z[i, columns[0]] = min(1.0, max(0.0, (number - low) / (high - low)))
         return z
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from fspace.columns import suggest
 from fspace.data import read_table, write_table
 from fspace.decisions import plots
 from fspace.decisions.active import select
-from fspace.decisions.optimisation import Optimizer
+from fspace.decisions.optimisation import FAILED, Optimizer
 from fspace.decisions.risks import CVaR, MeanVariance
 from fspace.decisions.sources import rows_of
 from fspace.decisions.space import Space
@@ -26,6 +27,7 @@ from fspace.errors import DataError, OptionError
 from fspace.runs import CHUNK, load_model
 from fspace.streams import read_parts
 
+FAILED_ROW = "Remove the row of an experiment that failed; of one that is not done, leave all results empty."
 SHOWN = 5000  # rows of the pool in a picture
 UTILITIES = (
     'one of {"newsvendor": {"underage": 4, "overage": 1}}, '
@@ -167,7 +169,8 @@ def _tell_table(optimizer: Optimizer, table: pd.DataFrame, name: str) -> None:
             else:
                 optimizer.tell(configuration, values)
         except DataError as error:
-            raise DataError(f"{name!r}, row {row}: {error}") from error
+            said = re.sub(r"^(Configuration|Result) 0:? ", "", str(error)).replace(FAILED, FAILED_ROW)
+            raise DataError(f"{name!r}, row {row}: {said}") from error
 
 
 def _plain(value: Any, setting: Any) -> Any:

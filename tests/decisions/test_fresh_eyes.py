@@ -99,6 +99,20 @@ def test_misspelt_columns_and_goals_given_twice(run, tried, tmp_path, column, go
     assert status == 2 and all(word in err for word in words), err
 
 
+@pytest.mark.parametrize(
+    "n, loss, words",
+    [
+        (4, 0.1, "row 2: n=4 is outside the whole numbers from 1 to 3."),
+        (3, np.inf, "row 2: loss is inf. Remove the row of an experiment that failed"),
+    ],
+)
+def test_a_row_that_cannot_be_is_said_as_a_row(run, tried, tmp_path, n, loss, words):
+    tried.loc[2, ["n", "loss"]] = n, loss
+    tried.astype({"n": int}).to_csv(tmp_path / "tried.csv", index=False)
+    status, _, err = run(*NEXT, "--goal", "loss")
+    assert status == 2 and words in err, err
+
+
 def test_a_count_is_refused_by_its_own_name(run, tried):
     status, _, err = run(*NEXT, "--goal", "loss", "--count", 0)
     assert status == 2 and "count=0" in err
