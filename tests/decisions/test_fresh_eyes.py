@@ -12,6 +12,8 @@ import torch
 import fspace
 from fspace import cli
 from fspace.compare import command as compare_command
+from fspace.compare import pictures
+from fspace.compare.results import Results
 from fspace.decisions import (
     ArmPosterior,
     Bandit,
@@ -27,6 +29,7 @@ from fspace.decisions import (
     best_action,
     linear_basis,
     off_policy_value,
+    plots,
 )
 from fspace.decisions.rejecting import losses_of
 from fspace.errors import DataError, ModelFileError, OptionError, UtilityError
@@ -303,6 +306,40 @@ def test_functions_that_are_none():
     assert lines[0] == "f must be a function, not int (3)."
     assert "fit must be a function" in lines[3] and "score must be a function" in lines[5]
     assert "batch=2.5" in lines[7] and "seed=-1" in lines[8]
+
+
+# ---- pictures
+
+
+def test_pictures_of_decisions_can_be_read(models):
+    """No words across a line, long names of actions on several lines, whole numbers of rows."""
+    optimizer = Optimizer({"x": (0.0, 1.0)}, initial=2)
+    optimizer.tell([{"x": 0.1 * k} for k in range(6)], [1.0 / (1 + k) for k in range(6)])
+    ax = plots.convergence(optimizer)
+    words = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert not ax.texts and "the model is asked from 3 on" in words
+    names = ["wait", "a treatment with a name that is far too long for one line"]
+    decision = best_action(models["classes"], X[:9], None, CostMatrix([[0, 1], [1, 0]]))
+    ax = plots.actions(decision, names)
+    assert max(map(len, ax.get_yticklabels()[1].get_text().split("\n"))) <= 22
+    assert all(float(tick).is_integer() for tick in ax.get_xticks())
+
+
+def test_a_calibration_curve_says_who_has_too_few_rows():
+    """Three rows in a bin: no point is drawn, and the legend says why."""
+    row = {
+        "dataset": "d",
+        "task": "classification",
+        "split": 0,
+        "status": "ok",
+        "scores": {},
+        "rows": {"test": 40},
+    }
+    few, many = ([[0.9], [0.8], [count]] for count in (3, 40))
+    rows = [row | {"method": "few", "calibration": few}, row | {"method": "many", "calibration": many}]
+    ax = pictures.calibration_curves(Results(rows, ""), "d")
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["few: too few rows", "many"]
+    assert "15 rows or more" in ax.get_xlabel()
 
 
 # ---- comparing
