@@ -63,6 +63,7 @@ def convergence(optimizer: Optimizer, *, ax: Axes | None = None) -> Axes:
         else "none is feasible yet"
     )
     finish(ax, title, "evaluation", name)
+    ax.locator_params(axis="x", integer=True)
     legend(ax)
     return ax
 
@@ -130,7 +131,7 @@ def risk_coverage(
         ax.axhline(target, color=INK, lw=1, ls=(0, (4, 3)), label=f"target {target:g}")
     finish(ax, "What is kept, and how wrong it is", "share kept, the surest first", "mean loss of those kept")
     ax.set_ylim(bottom=0)
-    legend(ax, loc="upper left")
+    legend(ax)
     return ax
 
 
