@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 
-from fspace.cli_common import Categorical, Drop, Missing, SummaryAsJson, Task, tell
+from fspace.cli_common import INTERRUPTED, Categorical, Drop, Missing, SummaryAsJson, Task, tell
 
 
 def compare(
@@ -58,11 +59,16 @@ def compare(
         jobs,
         seed,
     )
-    summary = compare_table(run, quiet=as_json)
-    tell(summary, as_json, _print_comparison)
+    goes_on = f"the same command{' without --overwrite' if overwrite else ''} goes on"
+    try:
+        summary = compare_table(run, quiet=as_json)
+    except KeyboardInterrupt:  # a second one, while the page was being written, or one before the first fit
+        typer.echo(f"Interrupted, without a page; finished fits are kept: {goes_on}.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    tell(summary, as_json, partial(_print_comparison, goes_on))
 
 
-def _print_comparison(summary: dict[str, Any]) -> None:
+def _print_comparison(goes_on: str, summary: dict[str, Any]) -> None:
     """A table for each data set, what was found, what went wrong, and last the line that says what to open."""
     from rich.console import Console
     from rich.table import Table
@@ -82,9 +88,7 @@ def _print_comparison(summary: dict[str, Any]) -> None:
         for dataset, k, name, status, why in summary["troubles"]
     ]
     if summary["interrupted"]:
-        lines.append(
-            f"Interrupted after {summary['fits']} of {summary['of']} fits; the same command goes on."
-        )
+        lines.append(f"Interrupted after {summary['fits']} of {summary['of']} fits; {goes_on}.")
     lines.append(f"Budget: {summary['budget']}. Open {summary['report']}")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -27,7 +27,13 @@ def rank(
     ],
     out: Out,
     k: Annotated[int, typer.Option("--k", help="Rows to choose.")] = 20,
-    criterion: Annotated[str, typer.Option(help="variance, eig, nipv; classes: bald, batchbald.")] = "bald",
+    criterion: Annotated[
+        str,
+        typer.Option(
+            help="bald: the best rows one by one; variance, eig, batchbald: a batch whose rows do not repeat each "
+            "other; nipv: what lowers the variance of the whole pool (numbers only)."
+        ),
+    ] = "bald",
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fspace
-from fspace.errors import NumericalError
+from fspace.errors import DivergedWarning, NumericalError
 from fspace.front import FunctionEstimator
 from fspace.inference.weights import (
     HMC,
@@ -151,3 +151,44 @@ def test_dropout_that_is_interrupted_in_its_search_starts_no_other_run(wave, mon
         model = fspace.BNNRegressor("dropout", hidden=(8,), epochs=300).fit(*wave)
     assert set(stages) == {"dropout: the rate"}
     assert model.score(*wave) > 0.2  # what it had learned by then
+
+
+@pytest.mark.parametrize("name", ["fvi", "functional_prior"])
+def test_ctrl_c_while_the_kernel_is_learned_ends_the_fit(wave, name, monkeypatch):
+    real, stages = FunctionEstimator._recorder, []
+
+    def recorder(self, tell, held):
+        record = real(self, tell, held)
+
+        def interrupted(**entry):
+            stages.append(entry["stage"])
+            record(**entry)
+            if len(stages) == 3:
+                raise KeyboardInterrupt
+
+        return interrupted
+
+    monkeypatch.setattr(FunctionEstimator, "_recorder", recorder)
+    with pytest.warns(UserWarning, match="Interrupted"):
+        model = fspace.BNNRegressor(name, likelihood="gaussian", **QUICK).fit(*wave)
+    assert set(stages) <= {f"{name}: prior", "functional_prior: prior"} and len(stages) < 6
+    assert np.isfinite(model.predict(wave[0], return_std=True)).all()
+
+
+@pytest.mark.parametrize(
+    "name, likelihood",
+    [
+        ("map", "gaussian"),
+        ("laplace", "gaussian"),
+        ("dropout", "gaussian"),
+        ("ensemble", "gaussian"),
+        ("ensemble", "heteroscedastic"),
+        ("dropout", "heteroscedastic"),
+    ],
+)
+def test_a_noise_that_has_outgrown_floats_is_called_diverged(wave, name, likelihood):
+    """The log density stays finite where a variance is infinite, so that losses alone do not tell."""
+    with pytest.warns(DivergedWarning):
+        model = fspace.BNNRegressor(name, likelihood=likelihood, learning_rate=1e3, epochs=30).fit(*wave)
+    assert model.diverged_ is not None
+    assert np.isfinite(model.predict(wave[0], return_std=True)).all()

@@ -109,9 +109,11 @@ def _reference(results: Results) -> str | None:
 
 
 def scores(results: Results) -> dict[str, dict[str, dict[str, float]]]:
-    """Mean log-likelihood, its standard error, and mean seconds to fit, of every data set and method."""
+    """Mean log-likelihood, its standard error, and mean seconds to fit, of every data set and method that have one."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for dataset in results.datasets:
+        if not any(row["dataset"] == dataset and "log_likelihood" in row["scores"] for row in results.rows):
+            continue  # all failed: the troubles say why
         likelihood = results.means("log_likelihood", dataset)
         seconds = results.means("fit_seconds", dataset)
         found[dataset] = {

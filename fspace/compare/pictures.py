@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = (*SERIES, "#c2478b", "#2a9d8f", "#7f5539", "#a7b1ba", "#111111", "#e0a458")
+FEW = 15  # rows of classes below which a bin of a calibration curve says nothing
 STYLES = ("-", (0, (5, 2)), (0, (1, 1.2)))
 METRIC_WORDS = {
     "log_likelihood": "log-likelihood per point", "joint_log_likelihood": "joint log-likelihood per point",
@@ -166,7 +167,7 @@ def calibration_curves(results: Results, dataset: str, *, ax: Axes | None = None
             stated,
             gap,
             lw=1.7,
-            label=shortened(name),
+            label=shortened(name) + ("" if len(stated) else ": too few rows"),
             marker=None if numbers else "o",
             ms=3.5,
             **styles[name],
@@ -180,7 +181,7 @@ def calibration_curves(results: Results, dataset: str, *, ax: Axes | None = None
         finish(
             ax,
             f"{dataset}: how often stated probabilities are right",
-            "stated probability",
+            f"stated probability, in bins of {FEW} rows or more",
             "share right minus stated",
         )
     legend(ax, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -188,13 +189,13 @@ def calibration_curves(results: Results, dataset: str, *, ax: Axes | None = None
 
 
 def _curve(curves: Sequence[Any], numbers: bool) -> tuple[NDArray, NDArray]:
-    """Mean over splits; bins of classes weighed by their rows, those with few left out."""
+    """Mean over splits; bins of classes weighed by their rows, those with fewer than FEW left out."""
     if numbers:
         level = np.array(curves[0][0])
         return level, np.mean([curve[1] for curve in curves], axis=0) - level
     stated, hit, count = (np.concatenate([np.array(curve[k]) for curve in curves]) for k in range(3))
     place = np.minimum((stated * 10).astype(int), 9)
-    kept = [k for k in range(10) if count[place == k].sum() >= 15]
+    kept = [k for k in range(10) if count[place == k].sum() >= FEW]
     mean = [
         [np.average(values[place == k], weights=count[place == k]) for k in kept] for values in (stated, hit)
     ]

@@ -19,6 +19,7 @@ from fspace.predictive_base import check_seed, check_whole
 from fspace.targets import check_labels
 
 TASKS = ("regression", "classification")
+LEAST_ROWS = 3  # of a table that is split
 PROTEIN_SPLITS, UCI_SPLITS = 5, 20
 
 
@@ -162,6 +163,11 @@ class Table:
         encoder = TableEncoder(missing=self.missing)
         encoded = encoder.fit_transform(self.X)  # refuses, by row, what no split can use
         outside = None if self.outside is None else encoder.transform(self.outside)
+        if len(encoded) < LEAST_ROWS:
+            raise DataError(
+                f"{self.name} has {len(encoded)} row{'s' if len(encoded) > 1 else ''}; a split needs "
+                f"{LEAST_ROWS - 1} to learn from and one to measure on."
+            )
         y = self._target(len(encoded))
         object.__setattr__(self, "y", y)
         if self.gap:

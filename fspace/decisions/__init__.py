@@ -11,7 +11,10 @@ _WHERE = {
     "utility": ("CostMatrix", "Decision", "Linear", "Newsvendor", "best_action"),
     "risks": ("CVaR", "MeanVariance"),
     "information": ("InformationValue", "value_of_information"),
-    "rejecting": ("Reject", "RiskCoverage", "conformal_threshold", "risk_coverage", "selective_threshold"),
+    "rejecting": (
+        "Reject", "RiskCoverage", "conformal_threshold", "expected_loss", "risk_coverage",
+        "selective_threshold",
+    ),
     "active": ("Selection", "select"),
     "labelling": ("learning_curve",),
     "bandits": ("ArmPosterior", "Bandit", "linear_basis"),

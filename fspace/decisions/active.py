@@ -28,7 +28,8 @@ from torch import Tensor
 from fspace.decisions.sources import parts_of, posterior_of, rows_of
 from fspace.errors import DataError, OptionError
 from fspace.posterior import FunctionPosterior
-from fspace.predictive import Categorical, Gaussian, Mixture, Predictive, Samples, check_count
+from fspace.predictive import Categorical, Gaussian, Mixture, Predictive, Samples
+from fspace.predictive_base import check_seed, check_whole
 
 CRITERIA = ("bald", "variance", "eig", "batchbald", "nipv")
 PART = 8192  # rows scored at once
@@ -75,7 +76,8 @@ def select(
         raise OptionError(f"duplicates={duplicates!r} does not exist; choose 'error' or 'drop'.")
     if not isinstance(k, int | np.integer) or isinstance(k, bool) or k < 1:
         raise OptionError(f"k={k!r}: how many rows to choose is a whole number of at least 1.")
-    shortlist = max(check_count(shortlist, 1), 2 * k)
+    check_seed(seed)
+    shortlist = max(check_whole("shortlist", shortlist), 2 * k)
     posterior = posterior_of(model)
     if criterion == "nipv":
         if reference is None and not (hasattr(pool, "shape") or isinstance(pool, list | tuple)):

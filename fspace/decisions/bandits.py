@@ -20,11 +20,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fspace.decisions.journal import Journal
-from fspace.errors import DataError, OptionError, UtilityError
+from fspace.decisions.sources import check_number
+from fspace.errors import DataError, ModelFileError, OptionError, UtilityError
 from fspace.inference.basis import Basis
 from fspace.inference.numerics import cholesky, solve_lower
 from fspace.inference.optimise import gaussian_likelihood
-from fspace.predictive import as_tensor, check_count, generator_for
+from fspace.predictive import as_tensor, generator_for
+from fspace.predictive_base import check_whole
 
 POLICIES = ("thompson", "ucb", "greedy", "uniform")
 DRAWS = 1024  # behind Thompson sampling's probabilities
@@ -57,8 +59,11 @@ class Arms(Protocol):
 def linear_basis(width: int, prior_variance: float = 1.0, noise: float = 0.1) -> Basis:
     """The basis of Bayesian linear regression with an intercept: contexts [n, width], N(0, prior_variance) weights.
 
-    noise: variance of a reward given its arm and context.
+    noise: variance of a reward given its arm and context, at least 1e-6. Raises OptionError.
     """
+    width = check_whole("width", width)
+    prior_variance = check_number(prior_variance, "prior_variance", "be a positive number", 0.0)
+    noise = check_number(noise, "noise", "be a number of at least 1e-06", 0.999e-6)
     kernel = LinearKernel().double()
     kernel.variance = torch.tensor([[prior_variance]], dtype=torch.float64)
     likelihood = gaussian_likelihood(1, noise, torch.device("cpu"))
@@ -75,7 +80,13 @@ class ArmPosterior:
     """
 
     def __init__(self, basis: Basis, arms: int, mean: float = 0.0, reward_scale: float = 1.0):
-        self.basis, self.arms = basis, check_count(arms, 2)
+        if not isinstance(basis, Basis):
+            raise OptionError(f"basis={basis!r}: pass `linear_basis(width)`, or the Basis of a fitted GP.")
+        (
+            check_number(mean, "mean", "be a number"),
+            check_number(reward_scale, "reward_scale", "be above 0", 0.0),
+        )
+        self.basis, self.arms = basis, check_whole("arms", arms, 2)
         self.mean, self.reward_scale = mean, reward_scale
         self.constant = isinstance(basis.kernel, LinearKernel)
         m = basis.inducing_inputs.shape[0]
@@ -176,38 +187,52 @@ class Bandit:
     ):
         if policy not in POLICIES:
             raise OptionError(f"policy={policy!r} does not exist; choose one of {', '.join(POLICIES)}.")
-        if not (width >= 0 and math.isfinite(width)):
-            raise OptionError(f"width={width!r} must be a number of standard deviations, 0 or more.")
+        if not isinstance(arms, Arms):
+            raise OptionError(f"arms={arms!r}: pass what is known of rewards, such as GPArms(width, arms).")
+        width = check_number(width, "width", "be a number of standard deviations, 0 or more", -1e-300)
         self.known, self.policy, self.width = arms, policy, width
         self.pending: dict[int, tuple[list[float], int]] = {}
         self.told, self._next = 0, 0
         self.journal = None if journal is None else Journal(journal)
         self._generator = generator_for(seed, torch.device("cpu"))
         if self.journal is not None:
-            self._replay(self.journal.entries)
+            self._replay(self.journal)
             self._generator.manual_seed(
                 (seed + 1_000_003 * self._next) % 2**32
             )  # goes on, and not from the start
 
-    def _replay(self, entries: list[Any]) -> None:
+    def _replay(self, journal: Journal) -> None:
         contexts, arms, rewards = [], [], []
-        for entry in entries:
-            if "context" in entry:
-                if not entry["arm"] < self.known.arms:
-                    raise OptionError(
-                        f"The journal has a choice of arm {entry['arm']}, but the bandit has {self.known.arms} arms: "
-                        "it is another bandit's."
+        line = 0
+        try:
+            for entry in journal.entries:
+                line += 1
+                if "context" in entry:
+                    if not entry["arm"] < self.known.arms:
+                        raise OptionError(
+                            f"The journal has a choice of arm {entry['arm']}, but the bandit has {self.known.arms} "
+                            "arms: it is another bandit's."
+                        )
+                    self.pending[int(entry["id"])] = (
+                        _double([entry["context"]])[0].tolist(),
+                        int(entry["arm"]),
                     )
-                self.pending[entry["id"]] = (entry["context"], entry["arm"])
-                self._next = max(self._next, entry["id"] + 1)
-            else:
-                context, arm = self.pending.pop(entry["id"])
-                contexts.append(context)
-                arms.append(arm)
-                rewards.append(entry["reward"])
+                    self._next = max(self._next, entry["id"] + 1)
+                else:
+                    context, arm = self.pending.pop(entry["id"])
+                    contexts.append(context)
+                    arms.append(arm)
+                    rewards.append(check_number(entry["reward"], "reward", "be a finite number"))
+            seen = _double(contexts)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, OptionError) and "another bandit" in str(error):
+                raise
+            raise ModelFileError(
+                f"{str(journal.path)!r}, line {line}, is no line of a bandit's journal ({error!r})."
+            ) from error
         self.told = len(rewards)
         if rewards:
-            self.known.update(_double(contexts), torch.tensor(arms), _double(rewards))
+            self.known.update(seen, torch.tensor(arms), _double(rewards))
 
     def probabilities(self, contexts: Any) -> Float[Tensor, "n a"]:
         """Probability with which the policy takes each arm (of Thompson sampling estimated by draws, at least one of
@@ -232,7 +257,7 @@ class Bandit:
         `off_policy_value`), which Thompson sampling does not need to act; without, it is NaN."""
         try:
             contexts = self._contexts([np.asarray(context, dtype=np.float64)])
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise DataError(f"A context must be finite numbers [d]; it is {context!r}.") from error
         if self.policy == "uniform" or propensity:
             shares = self.probabilities(contexts)[0]
@@ -259,7 +284,7 @@ class Bandit:
         """
         try:
             ids = [int(i) for i in ids]
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise DataError(
                 f"ids must be the numbers of choices, [choice.id, ...]; they are {ids!r}."
             ) from error

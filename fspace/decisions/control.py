@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fspace.errors import OptionError
+from fspace.decisions.sources import check_callable
+from fspace.errors import DataError, OptionError
 from fspace.posterior import FunctionPosterior
 from fspace.predictive_base import check_seed, check_whole
 
@@ -54,6 +55,22 @@ class Task(Protocol):
         ...
 
 
+def checked_step(state: Any, action: Any, size: int) -> Float[np.ndarray, " s"]:
+    """The state as numbers [size]. Raises DataError for another shape, and for a state or an action that is NaN or
+    infinite: clipped to what the task allows, it would look like an action."""
+    try:
+        numbers, push = np.asarray(state, dtype=np.float64), float(action)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"state={state!r}, action={action!r}: a step takes a state [{size}] and a number."
+        ) from error
+    if numbers.shape != (size,) or not np.isfinite(numbers).all() or not math.isfinite(push):
+        raise DataError(
+            f"state={state!r}, action={action!r}: a step takes a state of {size} finite numbers and a finite action."
+        )
+    return numbers
+
+
 @dataclass(frozen=True)
 class Pendulum:
     """Swing a pendulum up and hold it: gymnasium's Pendulum-v1 in the state (angle from upright, angular velocity).
@@ -70,7 +87,7 @@ class Pendulum:
         return np.array([math.pi, 0.0]) + 0.05 * rng.standard_normal(2)
 
     def step(self, state: Float[np.ndarray, " s"], action: float) -> Float[np.ndarray, " s"]:
-        angle, velocity = state
+        angle, velocity = checked_step(state, action, 2)
         torque = min(self.action_limit, max(-self.action_limit, action))
         velocity = velocity + (1.5 * self.gravity * math.sin(angle) + 3.0 * torque) * self.dt
         velocity = min(8.0, max(-8.0, velocity))
@@ -122,6 +139,8 @@ def learn_to_control(
     check_seed(seed)
     if planner not in PLANNERS:
         raise OptionError(f"planner={planner!r} does not exist; choose one of {', '.join(PLANNERS)}.")
+    if planner != "random":
+        check_callable(fit, "fit")
     rng, run = np.random.default_rng(seed), ControlRun()
     inputs, changes = [], []
     dynamics: Callable[[Tensor], Tensor] | None = None

@@ -22,14 +22,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fspace.decisions.bandits import ArmPosterior, Moments
-from fspace.errors import DataError, OptionError
+from fspace.decisions.sources import check_number
+from fspace.errors import DataError
 from fspace.inference.basis import Basis
 from fspace.inference.exact import log_marginal_likelihood
 from fspace.inference.inducing import greedy_variance
 from fspace.inference.optimise import lbfgs
 from fspace.inference.streaming import unexplained
 from fspace.kernels.evaluate import covariance
-from fspace.predictive_base import check_whole
+from fspace.predictive_base import check_seed, check_whole
 
 FIRST = 10  # rewards before anything is learned; then at every doubling
 SUBSET = 256  # random rows whose evidence teaches the kernel
@@ -73,11 +74,9 @@ class GPArms:
     ):
         self.width, self.arms = check_whole("width", width), check_whole("arms", arms, 2)
         self.most, remember = check_whole("most", most), check_whole("remember", remember, FIRST)
-        if not (math.isfinite(reward_scale) and reward_scale > 0 and math.isfinite(mean)):
-            raise OptionError(
-                f"mean={mean!r} and reward_scale={reward_scale!r} must be finite, and reward_scale above 0."
-            )
-        self.mean, self.reward_scale, self.seed = mean, reward_scale, seed
+        self.mean = check_number(mean, "mean", "be a finite number")
+        self.reward_scale = check_number(reward_scale, "reward_scale", "be finite and above 0", 0.0)
+        self.seed = check_seed(seed)
         self.last_refit = FIRST * 2 ** int(math.log2(remember / FIRST))
         self.known: ArmPosterior | None = None
         self.seen, self.refitted = 0, 0  # rewards so far, and at the last refit

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fspace.decisions.control import Pendulum
+from fspace.decisions.control import Pendulum, checked_step
 from fspace.errors import OptionError
 
 
@@ -29,8 +29,8 @@ class GymPendulum(Pendulum):
         return _start(self.env, rng)  # type: ignore[attr-defined]
 
     def step(self, state: Float[np.ndarray, " s"], action: float) -> Float[np.ndarray, " s"]:
-        """gymnasium's step."""
-        self.env.state = state  # type: ignore[attr-defined]
+        """gymnasium's step. Raises DataError for NaN, infinity, or another shape."""
+        self.env.state = checked_step(state, action, 2)  # type: ignore[attr-defined]
         self.env.step(np.array([action]))  # type: ignore[attr-defined]
         return np.array(self.env.state)  # type: ignore[attr-defined]
 
@@ -54,8 +54,8 @@ class GymCartPole:
         return _start(self.env, rng)
 
     def step(self, state: Float[np.ndarray, " s"], action: float) -> Float[np.ndarray, " s"]:
-        """gymnasium's step."""
-        self.env.state, self.env.steps_beyond_terminated = state, None
+        """gymnasium's step. Raises DataError for NaN, infinity, or another shape."""
+        self.env.state, self.env.steps_beyond_terminated = checked_step(state, action, 4), None
         self.env.step(int(action > 0))
         return np.array(self.env.state)
 

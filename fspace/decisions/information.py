@@ -14,7 +14,8 @@ from torch import Tensor
 from fspace.decisions.risks import Risk
 from fspace.decisions.sources import posterior_of, rows_of
 from fspace.decisions.utility import best_action
-from fspace.predictive import Categorical, check_count
+from fspace.predictive import Categorical
+from fspace.predictive_base import check_whole
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def value_of_information(
     them the value is biased upwards. Raises what `best_action` does, and OptionError where the posterior cannot be
     conditioned. Source: Raiffa and Schlaifer (1961), preposterior analysis.
     """
-    check_count(outcomes, 2)
+    check_whole("outcomes", outcomes, 2)
     posterior, rows, places = posterior_of(model), rows_of(model, x), rows_of(model, at, "at")
 
     def best(of: Any) -> Tensor:

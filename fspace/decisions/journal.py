@@ -10,13 +10,15 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from fspace.errors import ModelFileError
+from fspace.errors import ModelFileError, OptionError
 
 
 class Journal:
     """JSON lines that are on the disk when `append` returns. A last line without its end was never told, and is cut."""
 
     def __init__(self, path: str | os.PathLike[str]):
+        if not isinstance(path, str | os.PathLike):
+            raise OptionError(f"{path!r} is no name of a file.")
         self.path = Path(path)
         self.entries: list[Any] = []
         try:

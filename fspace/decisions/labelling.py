@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from fspace.decisions.active import CRITERIA, select
+from fspace.decisions.sources import check_callable
 from fspace.errors import DataError, OptionError
+from fspace.predictive_base import check_seed, check_whole
 
 BASELINES = ("random", "margin")
 
@@ -35,7 +37,15 @@ def learning_curve(
         raise OptionError(
             f"criterion={criterion!r} does not exist; choose one of {', '.join((*CRITERIA, *BASELINES))}."
         )
+    check_callable(fit, "fit")
+    check_callable(score, "score")
+    check_whole("start", start, 2), check_whole("batch", batch), check_whole("labels", labels, 2)
+    check_seed(seed)
     X, y = np.asarray(X), np.asarray(y)
+    if X.ndim < 2 or y.ndim < 1 or len(X) != len(y):
+        raise DataError(
+            f"X has shape {X.shape} and y {y.shape}; they must be a table of rows and a label for each."
+        )
     if not 2 <= start <= labels <= len(y) or batch < 1:
         raise OptionError(
             f"start={start}, labels={labels}, batch={batch}: there must be 2 <= start <= labels <= {len(y)} rows and a "

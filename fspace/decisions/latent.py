@@ -26,6 +26,7 @@ from torch import Tensor
 from fspace.decisions.acquisitions import RESTARTS, acquisition
 from fspace.decisions.journal import Journal
 from fspace.decisions.optimisation import GOALS, MOST
+from fspace.decisions.sources import check_callable
 from fspace.errors import DataError, ModelFileError, OptionError
 from fspace.inference.amortized.vae_kernel import VAEKernelGP
 from fspace.inference.basis import Basis
@@ -34,8 +35,7 @@ from fspace.inference.gp import GPPosterior, Scaling
 from fspace.inference.inducing import greedy_variance
 from fspace.inference.numerics import seeded
 from fspace.kernels.deep import embedded_kernel
-from fspace.predictive import check_count
-from fspace.predictive_base import check_seed
+from fspace.predictive_base import check_seed, check_whole
 
 CANDIDATES = 512  # latents of the pool, as many near the best, and half as many anywhere in the box
 
@@ -80,7 +80,7 @@ class LatentOptimizer:
         if not isinstance(model, VAEKernelGP):
             raise OptionError(f"model={model!r} is no VAEKernelGP.")
         self.model, self.sign, self.seed = model, GOALS[objective], check_seed(seed)
-        self.initial = min(check_count(initial, 2), len(self.pool))
+        self.initial = min(check_whole("initial", initial, 2), len(self.pool))
         self.retrain, self.weighting, self.plan = float(retrain), float(weighting), plan
         self.objects = self.pool[:0]
         self.values: Float[Tensor, " n"] = torch.zeros(0, dtype=torch.float64)
@@ -119,7 +119,7 @@ class LatentOptimizer:
         """Objects to try next: first of the pool, then decoded ones, chosen beside what is pending."""
         pending, asked = self.pending, self._asked
         try:
-            for _ in range(check_count(count, 1)):
+            for _ in range(check_whole("count", count)):
                 if self._asked < self.initial or len(self.values) < 2:
                     new = self.pool[self._order[self._asked % len(self.pool)]][None]
                 else:
@@ -305,8 +305,9 @@ def optimize_latent(
     """Evaluate f(objects [k, *row]) -> values [k] until there are `evaluations`; options are of `LatentOptimizer`.
 
     After Ctrl-C what was told is given back. With state=... a run that was killed goes on, what was pending first."""
+    check_callable(f, "f")
     optimizer = LatentOptimizer(pool, **options)
-    check_count(evaluations, 2), check_count(batch, 1)
+    check_whole("evaluations", evaluations, 2), check_whole("batch", batch)
     try:
         while len(optimizer.values) < evaluations:
             missing = min(batch, evaluations - len(optimizer.values))

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fspace.decisions.optimisation import Optimizer
+from fspace.decisions.sources import check_callable
 from fspace.decisions.space import Space
 from fspace.errors import InfeasibleError
-from fspace.predictive import check_count
+from fspace.predictive_base import check_whole
 
 
 def optimize(
@@ -26,10 +27,11 @@ def optimize(
 
     f gives a number, or {outcome: number}. batch: configurations chosen at a time. progress: a line on stderr after
     every batch. options: of `Optimizer`; with state=... a run that was killed goes on where it was, what was pending
-    is evaluated first. After Ctrl-C what was told is given back.
+    is evaluated first. After Ctrl-C what was told is given back. Raises OptionError, and what `tell` raises.
     """
+    check_callable(f, "f")
     optimizer = Optimizer(space, **options)
-    check_count(evaluations, 2), check_count(batch, 1)
+    check_whole("evaluations", evaluations, 2), check_whole("batch", batch)
     try:
         _evaluate(optimizer, f, evaluations, batch, progress)
     except KeyboardInterrupt:

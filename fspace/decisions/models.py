@@ -7,6 +7,9 @@ from typing import Any
 from fspace.errors import OptionError
 
 KERNELS = ("matern", "rbf", "neural", "deep")  # of GPs; "neural" is the infinitely wide network
+# Variance of the noise where its learning starts, in units of the outcome's variance: from more, a few rows in many
+# dimensions are often taken for nothing but noise, after which there is nothing to search by.
+LITTLE_NOISE = 0.005
 
 
 def named_model(name: str, seed: int = 0) -> Any:
@@ -16,12 +19,16 @@ def named_model(name: str, seed: int = 0) -> Any:
     chains) and "nuts" (one) one layer of 16, with 128 and 64 states: few for a posterior, many for one experiment.
     Raises OptionError.
     """
+    from gpytorch.likelihoods import GaussianLikelihood
+
     from fspace.estimators import GPRegressor
     from fspace.inference.weights import HMC, METHODS, NUTS, Ensemble
     from fspace.network_estimators import BNNRegressor
 
     if name in KERNELS:
-        return GPRegressor(kernel=name, inference="exact", progress=False, seed=seed)
+        likelihood = GaussianLikelihood()
+        likelihood.noise = LITTLE_NOISE
+        return GPRegressor(kernel=name, likelihood=likelihood, inference="exact", progress=False, seed=seed)
     if name not in METHODS:
         raise OptionError(
             f"model={name!r} does not exist; choose one of {', '.join((*KERNELS, *METHODS))}, or pass an estimator."

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fspace.decisions.bandits import Moments
 from fspace.inference.numerics import seeded, solve_lower
-from fspace.predictive import check_count
+from fspace.predictive_base import check_seed, check_whole
 
 
 class NeuralLinear:
@@ -23,7 +23,9 @@ class NeuralLinear:
     def __init__(
         self, width: int, arms: int, hidden: int = 50, every: int = 50, steps: int = 100, seed: int = 0
     ):
-        self.arms, self.every, self.steps = check_count(arms, 2), every, steps
+        check_whole("width", width), check_whole("hidden", hidden), check_whole("every", every)
+        check_whole("steps", steps), check_seed(seed)
+        self.arms, self.every, self.steps = check_whole("arms", arms, 2), every, steps
         with seeded(seed):
             self.body = nn.Sequential(
                 nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()

@@ -48,7 +48,7 @@ def off_policy_value(
     if method not in METHODS:
         raise OptionError(f"method={method!r} does not exist; choose one of {', '.join(METHODS)}.")
     r, p, q = _numbers(rewards, "rewards"), _numbers(logged, "logged"), _numbers(target, "target")
-    a = as_tensor(arms, None, "arms").long()
+    a = _numbers(arms, "arms")
     n = len(r)
     if n < 2 or r.shape != (n,) or p.shape != (n,) or a.shape != (n,) or q.ndim != 2 or len(q) != n:
         raise DataError(
@@ -60,8 +60,9 @@ def off_policy_value(
         raise DataError(f"logged must be probabilities above 0; row {row} has {p[row].item():g}.")
     if bool((q < 0).any()) or not torch.allclose(q.sum(1), torch.ones_like(r), atol=1e-6):
         raise DataError("target must be probabilities that sum to one over the arms of every row.")
-    if not bool(((a >= 0) & (a < q.shape[1])).all()):
+    if not bool(((a >= 0) & (a < q.shape[1]) & (a == a.round())).all()):
         raise DataError(f"arms must be whole numbers from 0 to {q.shape[1] - 1}.")
+    a = a.long()
     ratio = q.gather(1, a[:, None])[:, 0] / p
     effective = float(ratio.sum().square() / ratio.square().sum()) if bool(ratio.any()) else 0.0
     if method == "ips":

@@ -25,10 +25,11 @@ from fspace.decisions.models import named_model
 from fspace.decisions.space import Space, parse_constraint
 from fspace.errors import DataError, InfeasibleError, ModelFileError, OptionError
 from fspace.posterior import FunctionPosterior
-from fspace.predictive import check_count
-from fspace.predictive_base import check_seed
+from fspace.predictive import Categorical, check_count
+from fspace.predictive_base import check_seed, check_whole
 
 GOALS = {"maximize": 1.0, "minimize": -1.0}
+FAILED = "Of an experiment that failed tell nothing; `drop` it."
 MOST = 1e150  # what is told squares to something finite
 
 
@@ -61,7 +62,7 @@ class Optimizer:
         model: Any = "matern",
         acquisition: str = "auto",
         initial: int | None = None,
-        refit: float = 1.2,
+        refit: float = 1.05,
         state: str | os.PathLike[str] | None = None,
         seed: int = 0,
     ):
@@ -109,13 +110,17 @@ class Optimizer:
             raise OptionError(
                 f"model={model!r}: pass a name, an estimator, or a function of (z, y) that gives a posterior."
             )
-        self.initial = max(4, 2 * len(self.space.settings)) if initial is None else check_count(initial, 1)
+        self.initial = (
+            max(4, 2 * len(self.space.settings)) if initial is None else check_whole("initial", initial)
+        )
         self.told: list[Tried] = []
         self.pending: list[dict[str, Any]] = []
         self.seconds: list[float] = []  # that each ask took
         self._asked = 0
         self._posteriors: list[FunctionPosterior] = []
         self._fitted_on = self._known = 0
+        if state is not None and not isinstance(state, str | os.PathLike):
+            raise OptionError(f"state={state!r} is no name of a file.")
         self.path = None if state is None else Path(state)
         if self.path is not None and self.path.exists():
             self._restore(read_state(self.path))
@@ -129,6 +134,13 @@ class Optimizer:
             a[k] = factor * self.signs[k]
         return a, bound
 
+    def __repr__(self) -> str:
+        """Goals, and how much was told: what a notebook shows of what `optimize` returned."""
+        goals = ", ".join(f"{goal} {name}" for name, goal in self.goals.items())
+        return (
+            f"Optimizer({goals}; {len(self.told)} told, {len(self.pending)} pending; see best, pareto, told)"
+        )
+
     # ---- ask and tell ---------------------------------------------------------------------------
 
     def ask(self, count: int = 1) -> list[dict[str, Any]]:
@@ -137,7 +149,7 @@ class Optimizer:
         started = time.perf_counter()
         pending, asked = list(self.pending), self._asked
         try:
-            for _ in range(check_count(count, 1)):
+            for _ in range(check_whole("count", count)):
                 self.pending.append(self._propose())
                 self._asked += 1
             self._save()
@@ -280,6 +292,13 @@ class Optimizer:
             fitted = self.model(x, y)
         if not isinstance(fitted, FunctionPosterior):
             raise OptionError(f"model={self.model!r} gave no posterior over functions, but {fitted!r}.")
+        outputs = fitted.num_outputs
+        if outputs != 1 or isinstance(fitted.observed(x[:1]), Categorical):
+            what = "classes" if outputs == 1 else f"{outputs} outputs"
+            raise OptionError(
+                f"model={self.model!r} predicts {what}; every outcome needs a model of one number (several are "
+                "modelled one by one)."
+            )
         return fitted
 
     def _data(self) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n t"]]:
@@ -325,9 +344,7 @@ class Optimizer:
                     f"Result {i}: {name} is {values[name]}, whose square overflows; take other units."
                 )
             if not math.isfinite(values[name]):
-                raise DataError(
-                    f"Result {i}: {name} is {values[name]}. Of an experiment that failed tell nothing; `drop` it."
-                )
+                raise DataError(f"Result {i}: {name} is {values[name]}. {FAILED}")
         return values
 
     def _settle(self, row: dict[str, Any]) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fspace.canvas import BLUE, GREY, INK, ORANGE, PALE, SERIES, array, finish, legend, new_axes
+from fspace.canvas import BLUE, GREY, INK, ORANGE, PALE, SERIES, array, finish, legend, new_axes, shortened
 from fspace.decisions.acquisitions import fulfilled
 from fspace.decisions.optimisation import Optimizer
 from fspace.decisions.rejecting import RiskCoverage
@@ -54,22 +55,15 @@ def convergence(optimizer: Optimizer, *, ax: Axes | None = None) -> Axes:
     ax.step(steps[known], best[known], where="post", color=BLUE, lw=2, zorder=4, label="best so far")
     start = optimizer.initial
     if 0 < start < len(steps):
-        ax.axvline(start + 0.5, color=INK, lw=0.8, ls=(0, (4, 3)))
-        ax.text(
-            start + 0.7,
-            0.98,
-            "the model chooses",
-            transform=ax.get_xaxis_transform(),
-            va="top",
-            fontsize=8.5,
-            color=GREY,
-        )
+        words = f"the model is asked from {start + 1} on"  # whoever made the experiments of a table
+        ax.axvline(start + 0.5, color=INK, lw=0.8, ls=(0, (4, 3)), label=words)
     title = (
         f"{optimizer.goals[name]} {name}: {best[-1]:.4g} after {len(steps)}"
         if known.any()
         else "none is feasible yet"
     )
     finish(ax, title, "evaluation", name)
+    ax.locator_params(axis="x", integer=True)
     legend(ax)
     return ax
 
@@ -79,7 +73,7 @@ def ranked(gain: Any, pool: Any, chosen: Any, names: Sequence[str], *, ax: Axes 
     ax = new_axes(ax)
     pool, chosen, gains = array(pool), array(chosen), array(gain)
     ax.scatter(pool[:, 0], pool[:, 1], s=9, color=PALE, lw=0, label=f"pool ({len(pool):,} shown)")
-    size = 30 + 120 * (gains - gains.min()) / max(float(np.ptp(gains)), 1e-12)
+    size = 80 + 120 * (gains - gains.min()) / max(float(np.ptp(gains)), 1e-12)
     ax.scatter(
         chosen[:, 0], chosen[:, 1], s=size, color=ORANGE, alpha=0.85, lw=0, label="chosen, larger: first"
     )
@@ -99,6 +93,7 @@ def actions(decision: Any, labels: Sequence[str] | None = None, *, ax: Axes | No
         action = array(decision.action).astype(np.float64)
         ax.hist(action, bins=min(40, max(8, len(action) // 10)), color=BLUE)
         finish(ax, f"Best actions of {len(action):,} rows", "action", "rows")
+        ax.locator_params(axis="y", integer=True)
         return ax
     close = array(decision.margin) < 2 * array(decision.margin_error)
     places = np.arange(len(labels))
@@ -117,8 +112,10 @@ def actions(decision: Any, labels: Sequence[str] | None = None, *, ax: Axes | No
         legend(ax)
     for k in range(len(labels)):
         ax.text(sure[k] + open_[k], k, f" {sure[k] + open_[k]:,}", va="center", fontsize=9, color=INK)
-    ax.set_yticks(places, [str(label) for label in labels])
+    ax.set_yticks(places, [fill(shortened(str(label), 60), 22) for label in labels])
     ax.invert_yaxis()
+    ax.margins(x=0.12)
+    ax.locator_params(axis="x", integer=True)
     finish(ax, f"Best action of {len(index):,} rows", "rows", "")
     return ax
 
@@ -134,7 +131,7 @@ def risk_coverage(
         ax.axhline(target, color=INK, lw=1, ls=(0, (4, 3)), label=f"target {target:g}")
     finish(ax, "What is kept, and how wrong it is", "share kept, the surest first", "mean loss of those kept")
     ax.set_ylim(bottom=0)
-    legend(ax, loc="upper left")
+    legend(ax)
     return ax
 
 

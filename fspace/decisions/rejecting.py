@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 from scipy import stats
 from torch import Tensor
 
+from fspace.decisions.sources import check_number
 from fspace.decisions.utility import CostMatrix
 from fspace.errors import DataError, InfeasibleError, OptionError, UtilityError
 from fspace.predictive import Categorical, Predictive, as_tensor
@@ -51,8 +52,9 @@ class Reject:
     threshold: float
 
     def __post_init__(self) -> None:
-        if math.isnan(self.threshold):
-            raise OptionError("threshold is NaN; give the cost of handing a case on.")
+        if not (isinstance(self.threshold, float) and math.isinf(self.threshold)):  # keep all, keep none
+            must = "be a number, not NaN: what it costs to hand a case on"
+            object.__setattr__(self, "threshold", check_number(self.threshold, "threshold", must))
 
     def keep(self, doubt: Any) -> Bool[Tensor, " n"]:
         """Which cases the model decides. Raises UtilityError for NaN."""
@@ -107,7 +109,7 @@ def conformal_threshold(doubt: Any, losses: Any, target: float, most: float = 1.
     if most / (n + 1) > target:
         raise InfeasibleError(
             f"{n} held-out cases cannot promise a risk of {target:g} for losses up to {most:g}: at least "
-            f"{math.ceil(most / target - 1)} are needed."
+            f"{math.ceil(min(most / target, 1e15) - 1):,} are needed."
         )
     order = doubt.argsort(stable=True)
     sorted_doubt, risk = doubt[order], (losses[order].cumsum(0) + most) / (n + 1)
@@ -130,8 +132,7 @@ def selective_threshold(
     """
     doubt, losses = _pair(doubt, losses)
     _require_range(losses, target, most)
-    if not 0 < confidence < 1:
-        raise OptionError(f"confidence={confidence!r} must lie strictly between 0 and 1.")
+    check_number(confidence, "confidence", "lie strictly between 0 and 1", 0.0, 1.0)
     n, order = len(doubt), doubt.argsort(stable=True)
     doubt, scaled = doubt[order], losses[order] / most
     for level in range(LEVELS, 0, -1):
@@ -179,8 +180,8 @@ def _numbers(values: Any, name: str) -> Float[Tensor, " n"]:
 
 
 def _require_range(losses: Tensor, target: float, most: float) -> None:
-    if not 0 < target < most:
-        raise OptionError(f"target={target!r} must lie strictly between 0 and most={most:g}.")
+    most = check_number(most, "most", "be a positive number", 0.0)
+    check_number(target, "target", f"lie strictly between 0 and most={most:g}", 0.0, most)
     outside = (losses < 0) | (losses > most)
     if bool(outside.any()):
         case = int(outside.nonzero()[0])
@@ -190,9 +191,13 @@ def _require_range(losses: Tensor, target: float, most: float) -> None:
 
 
 def losses_of(predictive: Predictive, y: Any) -> Float[Tensor, " n"]:
-    """Realised losses of the model's answers: of classes 1 for an error, of numbers the squared error."""
+    """Realised losses of the model's answers: of classes (y holds their positions) 1 for an error, of numbers the
+    squared error. Raises DataError where y is of other rows."""
+    answer = predictive.mode if isinstance(predictive, Categorical) else predictive.mean
+    given = as_tensor(y, answer.device)
+    if given.shape != answer.shape:
+        raise DataError(f"y has shape {tuple(given.shape)}, but the predictive {tuple(answer.shape)}.")
     if isinstance(predictive, Categorical):
-        labels = as_tensor(y, predictive.probs.device)
-        return (predictive.mode != labels).to(torch.float64)
-    error = (as_tensor(y, predictive.mean.device).to(predictive.mean) - predictive.mean).square()
+        return (answer != given).to(torch.float64)
+    error = (given.to(answer) - answer).square()
     return error if error.ndim == 1 else error.sum(-1)

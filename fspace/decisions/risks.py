@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fspace.errors import OptionError
+from fspace.decisions.sources import check_number
 from fspace.predictive import Categorical, Gaussian, Mixture, Predictive, Samples
 from fspace.predictive_base import Continuous
 
@@ -35,8 +35,8 @@ class MeanVariance:
     aversion: float
 
     def __post_init__(self) -> None:
-        if not (self.aversion > 0 and math.isfinite(self.aversion)):
-            raise OptionError(f"aversion={self.aversion} must be a positive number.")
+        aversion = check_number(self.aversion, "aversion", "be a positive number", 0.0)
+        object.__setattr__(self, "aversion", aversion)
 
     def of_samples(self, payoff: Float[Tensor, "s n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "s n"]]:
         mean, variance = payoff.mean(0), payoff.var(0)
@@ -66,8 +66,8 @@ class CVaR:
     share: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise OptionError(f"share={self.share} must lie strictly between 0 and 1.")
+        share = check_number(self.share, "share", "lie strictly between 0 and 1", 0.0, 1.0)
+        object.__setattr__(self, "share", share)
 
     def of_samples(self, payoff: Float[Tensor, "s n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "s n"]]:
         # Rockafellar and Uryasev: the maximum over q of q - E(q - payoff)+ / share, at the quantile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -23,6 +24,25 @@ def posterior_of(model: Any) -> FunctionPosterior:
     if hasattr(model, "fit") and hasattr(model, "get_params"):
         raise NotFittedError(f"This {type(model).__name__} instance is not fitted yet. Call 'fit' first.")
     raise OptionError(f"{type(model).__name__} is no posterior over functions and no estimator that has one.")
+
+
+def check_callable(f: Any, name: str) -> None:
+    """Raises OptionError for what cannot be called: a number where a function belongs, say."""
+    if not callable(f):
+        raise OptionError(f"{name} must be a function, not {type(f).__name__} ({f!r:.60}).")
+
+
+def check_number(
+    value: Any, name: str, must: str, above: float = -math.inf, below: float = math.inf
+) -> float:
+    """The value as a float. Raises OptionError ("NAME=... must {must}.") unless it is a number between the two."""
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not above < number < below:
+        raise OptionError(f"{name}={value!r} must {must}.")
+    return number
 
 
 def rows_of(model: Any, x: Any, name: str = "x") -> Float[Tensor, "n d"]:

@@ -22,12 +22,13 @@ from fspace.predictive import check_count
 
 MOST_TRIES = 2**17  # random points among which feasible ones are looked for
 NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-TERM = re.compile(rf"\s*([+-]?)\s*(?:({NUMBER})\s*\*?\s*)?([A-Za-z_]\w*)\s*")
+TERM = re.compile(rf"\s*([+-]?)\s*(?:({NUMBER})\s*\*?\s*)?(?:([^\W\d]\w*)|`([^`]+)`)\s*")
 BOUND = re.compile(rf"^(.*?)(<=|>=)\s*([+-]?{NUMBER})\s*$")
 
 
 def parse_constraint(text: str) -> tuple[dict[str, float], float]:
-    """ "2*a - b <= 3" as ({"a": 2, "b": -1}, 3); ">=" is turned around. Raises OptionError."""
+    """ "2*a - b <= 3" as ({"a": 2, "b": -1}, 3); ">=" is turned around. A name that holds more than letters, digits
+    and underscores is written between backticks: "`heat (C)` <= 3". Raises OptionError."""
     match = BOUND.match(text) if isinstance(text, str) else None
     if match is None:
         raise OptionError(f"constraint {text!r}: write it as a sum and a number, like '2*a - b <= 3'.")
@@ -37,9 +38,13 @@ def parse_constraint(text: str) -> tuple[dict[str, float], float]:
     while at < len(left):
         term = TERM.match(left, at)
         if term is None or (at and not term[1]):
-            raise OptionError(f"constraint {text!r}: {left[at:].strip()!r} is not a number times a name.")
+            raise OptionError(
+                f"constraint {text!r}: {left[at:].strip()!r} is not a number times a name; a name with spaces or signs "
+                "is written between backticks, like '`heat (C)` <= 3'."
+            )
         factor = float(term[2] or 1.0) * (-1.0 if term[1] == "-" else 1.0)
-        terms[term[3]] = terms.get(term[3], 0.0) + sign * factor
+        name = term[3] or term[4]
+        terms[name] = terms.get(name, 0.0) + sign * factor
         at = term.end()
     if not terms:
         raise OptionError(f"constraint {text!r} names nothing.")
@@ -127,7 +132,10 @@ class Space:
                 slack = 1e-9 * (high - low)
                 whole = not isinstance(setting, range) or number.is_integer()
                 if not (low - slack <= number <= high + slack and whole):
-                    raise DataError(f"Configuration {i}: {name}={value!r} is outside {setting}.")
+                    kind = "whole numbers from" if isinstance(setting, range) else "numbers from"
+                    raise DataError(
+                        f"Configuration {i}: {name}={value!r} is outside the {kind} {setting[0]:g} to {setting[-1]:g}."
+                    )
                 z[i, columns[0]] = min(1.0, max(0.0, (number - low) / (high - low)))
         return z
 

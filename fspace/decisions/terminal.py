@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from fspace.columns import suggest
 from fspace.data import read_table, write_table
 from fspace.decisions import plots
 from fspace.decisions.active import select
-from fspace.decisions.optimisation import Optimizer
+from fspace.decisions.optimisation import FAILED, Optimizer
 from fspace.decisions.risks import CVaR, MeanVariance
 from fspace.decisions.sources import rows_of
 from fspace.decisions.space import Space
@@ -24,6 +27,7 @@ from fspace.errors import DataError, OptionError
 from fspace.runs import CHUNK, load_model
 from fspace.streams import read_parts
 
+FAILED_ROW = "Remove the row of an experiment that failed; of one that is not done, leave all results empty."
 SHOWN = 5000  # rows of the pool in a picture
 UTILITIES = (
     'one of {"newsvendor": {"underage": 4, "overage": 1}}, '
@@ -117,22 +121,44 @@ def propose(
     optimizer = Optimizer(of_space, _goals(goals), constraints, model, acquisition, seed=seed)
     if Path(experiments).exists():
         _tell_table(optimizer, read_table(experiments), experiments)
+    else:
+        _require_a_new_name(optimizer, Path(experiments))
     optimizer._asked = len(optimizer.told) + len(optimizer.pending)
     proposals = optimizer.ask(count)
     write_table(pd.DataFrame(proposals), files[0])
+    are = f"{count} experiment{' is' if count == 1 else 's are'} in {files[0]}"
+    if not Path(experiments).exists():
+        return f"There is no file {experiments!r}, so these are the first: {are}"
     if not optimizer.told:
-        return f"{count} first experiments are in {files[0]}"
+        return f"No row of {experiments!r} has results: {are}"
     plots.convergence(optimizer, ax=(ax := _axes()))
     ax.figure.savefig(files[1], dpi=110)
-    return f"{count} experiments are in {files[0]}; open {files[1]}"
+    return f"{are}; open {files[1]}"
+
+
+def _require_a_new_name(optimizer: Optimizer, experiments: Path) -> None:
+    """Raises OptionError where a file of nearly this name, beside it, has the columns: results would be left out by a
+    slip of the pen."""
+    beside = [file.name for file in experiments.absolute().parent.glob("*") if file.is_file()]
+    for name in difflib.get_close_matches(experiments.name, beside, n=5, cutoff=0.8):
+        with contextlib.suppress(DataError):
+            columns = set(next(iter(read_parts(experiments.with_name(name), 1))).columns)
+            if columns >= {*optimizer.space.settings, *optimizer.outcomes}:
+                raise OptionError(
+                    f"There is no file {str(experiments)!r}, but {name!r} beside it has these settings and results. "
+                    "Did you mean it? To begin anew, take a name that is less like it."
+                )
 
 
 def _tell_table(optimizer: Optimizer, table: pd.DataFrame, name: str) -> None:
     settings = list(optimizer.space.settings)
     missing = [column for column in (*settings, *optimizer.outcomes) if column not in table.columns]
     if missing:
+        others = [str(column) for column in table.columns if column not in (*settings, *optimizer.outcomes)]
+        near = suggest(missing[0], others) if others else ""
         raise DataError(
             f"{name!r} has no column {missing[0]!r}; it needs {', '.join((*settings, *optimizer.outcomes))}."
+            f"{near if 'mean' in near else ''}"
         )
     for row, record in enumerate(table.to_dict("records")):
         configuration = {key: _plain(record[key], optimizer.space.settings[key]) for key in settings}
@@ -143,7 +169,8 @@ def _tell_table(optimizer: Optimizer, table: pd.DataFrame, name: str) -> None:
             else:
                 optimizer.tell(configuration, values)
         except DataError as error:
-            raise DataError(f"{name!r}, row {row}: {error}") from error
+            said = re.sub(r"^(Configuration|Result) 0:? ", "", str(error)).replace(FAILED, FAILED_ROW)
+            raise DataError(f"{name!r}, row {row}: {said}") from error
 
 
 def _plain(value: Any, setting: Any) -> Any:
@@ -202,9 +229,11 @@ def _require_keys(given: Any, known: Sequence[str]) -> None:
 
 def _goals(goals: Sequence[str]) -> dict[str, str]:
     """ "yield=maximize" by name of the outcome."""
-    found = {}
+    found: dict[str, str] = {}
     for goal in goals:
-        name, _, direction = goal.partition("=")
+        name, _, direction = goal.rpartition("=") if "=" in goal else (goal, "", "")
+        if name in found:
+            raise OptionError(f"--goal {name} is given twice; give each goal once.")
         found[name] = direction or "minimize"
     if not found:
         raise OptionError(

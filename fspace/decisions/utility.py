@@ -17,11 +17,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fspace.decisions.risks import MeanVariance, Risk, expected_excess, mean_and_covariance
-from fspace.decisions.sources import posterior_of, rows_of
+from fspace.decisions.sources import check_callable, check_number, posterior_of, rows_of
 from fspace.errors import DataError, OptionError, UtilityError
-from fspace.predictive import Categorical, Predictive, as_tensor, check_count
-from fspace.predictive_base import Continuous
+from fspace.predictive import Categorical, Predictive, as_tensor
+from fspace.predictive_base import Continuous, check_seed, check_whole
 
+FOR_NUMBERS = "{} is for numbers; for classes give a CostMatrix (in a utility file: costs)."
+MOST = 1e150  # what a utility gives squares to something finite
 ROWS = 256  # whose joint samples are drawn at once
 
 
@@ -66,10 +68,9 @@ class Newsvendor:
     overage: float
 
     def __post_init__(self) -> None:
-        if not (self.underage > 0 and self.overage > 0 and math.isfinite(self.underage + self.overage)):
-            raise OptionError(
-                f"underage={self.underage} and overage={self.overage} must be positive numbers."
-            )
+        for name in ("underage", "overage"):
+            cost = check_number(getattr(self, name), name, f"be a positive number below {MOST:g}", 0.0, MOST)
+            object.__setattr__(self, name, cost)
 
     def __call__(self, action: Any, y: Tensor) -> Tensor:
         short = y - action
@@ -86,7 +87,7 @@ class Newsvendor:
     def best(self, predictive: Predictive) -> Tensor:
         """The best of all numbers, [n]: a quantile. Raises OptionError for classes."""
         if not isinstance(predictive, Continuous):
-            raise OptionError("Newsvendor is for numbers; for classes give a CostMatrix.")
+            raise OptionError(FOR_NUMBERS.format("Newsvendor"))
         return predictive.quantile(self.underage / (self.underage + self.overage))
 
 
@@ -155,11 +156,16 @@ def best_action(
     integers) -> [s, n], higher is better. Samples are shared by the actions, so their differences are sharper than
     their values. Raises UtilityError for NaN, infinity or another shape; OptionError, DataError for the rest.
     """
-    check_count(samples, 2)
+    check_whole("samples", samples, 2), check_seed(seed)
+    check_callable(utility, "utility")
+    if risk is not None and not isinstance(risk, Risk):
+        raise OptionError(f"risk={risk!r}: pass CVaR(share), MeanVariance(aversion), or None.")
     posterior, rows = posterior_of(model), rows_of(model, x)
     if actions is None and isinstance(utility, CostMatrix):
         actions = torch.arange(len(utility.cost))
-    if actions is None:
+    listed, numbers = (None, None) if actions is None else _listed(actions)
+    _require_fits(posterior.observed(rows[:1]), listed, numbers, utility)
+    if listed is None:
         found = [
             _best_of_all(posterior.observed(part), utility, risk, (seed + k) % 2**32)
             for k, part in enumerate(rows.split(ROWS))
@@ -168,7 +174,6 @@ def best_action(
         index, action, value, values, error, margin, margin_error = joined
         exact = all(f.exact for f in found)
         return Decision(index, action, value, values, error, margin, margin_error, exact)
-    listed, numbers = _listed(actions)
     parts, exact = [], True
     for k, part in enumerate(rows.split(ROWS)):
         predictive = posterior.observed(part)
@@ -180,6 +185,32 @@ def best_action(
             parts.append(_sampled(predictive, listed, utility, risk, samples, (seed + k) % 2**32))
     values, errors, margin_errors = (torch.cat(column) for column in zip(*parts, strict=True))
     return _decided(listed, numbers, values, errors, margin_errors, exact)
+
+
+def _require_fits(
+    predictive: Predictive, listed: Sequence[Any] | None, numbers: Tensor | None, utility: Any
+) -> None:
+    """Raises OptionError where a utility of this file is not for what the model predicts, or for such actions."""
+    outputs = tuple(predictive.mean.shape[1:]) if isinstance(predictive, Continuous) else ()
+    if isinstance(utility, CostMatrix):
+        utility.expected(predictive, torch.zeros(1))  # of these classes?
+        rows = len(utility.cost)
+        if listed is not None and (
+            numbers is None or any(int(a) != a or not 0 <= a < rows for a in numbers.flatten().tolist())
+        ):
+            raise OptionError(
+                f"actions of a CostMatrix are positions of its {rows} rows, or None for all of them."
+            )
+    if not isinstance(utility, Linear | Newsvendor):
+        return
+    name = type(utility).__name__
+    if isinstance(predictive, Categorical):
+        raise OptionError(FOR_NUMBERS.format(name))
+    if isinstance(utility, Newsvendor) and outputs:
+        raise OptionError(f"Newsvendor is for one output, but the model predicts {outputs[0]}.")
+    if listed is not None and (numbers is None or tuple(numbers.shape[1:]) != outputs):
+        wanted = f"[a, {outputs[0]}], a number for each output" if outputs else "[a]"
+        raise OptionError(f"actions of {name} for this model must be numbers {wanted}.")
 
 
 def checked(utility: Any, action: Any, y: Tensor, shape: tuple[int, ...]) -> Float[Tensor, "s n"]:
@@ -204,12 +235,12 @@ def checked(utility: Any, action: Any, y: Tensor, shape: tuple[int, ...]) -> Flo
             f"The utility must give one number a sample and row, {shape}, for action {shown}; it gave "
             f"{_shape_of(payoff)}."
         )
-    bad = ~value.isfinite()
+    bad = ~(value.abs() <= MOST)
     if bool(bad.any()):
         sample, row = bad.nonzero()[0].tolist()
         raise UtilityError(
             f"The utility of action {shown} is {value[sample, row].item()} at row {row} (sample {sample}); it must "
-            "be a finite number for every y that the model holds possible."
+            f"be a finite number, at most {MOST:g} in size, for every y that the model holds possible."
         )
     return value
 
@@ -307,6 +338,8 @@ def _columns(d: Decision) -> tuple[Any, ...]:
 
 def _listed(actions: Any) -> tuple[Sequence[Any], Tensor | None]:
     """The actions one by one, and as numbers where they are."""
+    if isinstance(actions, str | bytes) or not hasattr(actions, "__len__"):
+        raise OptionError(f"actions={actions!r:.60} must be a list of actions.")
     try:
         numbers: Tensor | None = as_tensor(actions, None, "actions")
         if numbers is not None and numbers.dtype != torch.bool and not numbers.is_complex():

@@ -75,9 +75,10 @@ def lbfgs(
 
     start = torch.cat([p.detach().reshape(-1) for p in parameters]).double().cpu().numpy()
     try:
-        minimize(
-            evaluate, start, jac=True, method="L-BFGS-B", options={"maxiter": steps, "maxfun": 2 * steps}
-        )
+        with np.errstate(divide="ignore", invalid="ignore"):  # slopes of zero, where a step has failed
+            minimize(
+                evaluate, start, jac=True, method="L-BFGS-B", options={"maxiter": steps, "maxfun": 2 * steps}
+            )
     except KeyboardInterrupt:
         return False
     finally:

@@ -75,7 +75,7 @@ def tuned_scales(problem: Problem, kernel: Kernel, steps: int) -> Float[Tensor, 
     optimiser = torch.optim.Adam([factors], lr=0.03)
     history = []
     try:
-        for step in range(steps):
+        for step in range(0 if problem.report.interrupted else steps):  # Ctrl-C while the kernel was learned
             x = measurement_points(problem, POINTS, generator)
             white = torch.randn(
                 DRAWS, network.size, generator=generator, device=x.device, dtype=torch.float64

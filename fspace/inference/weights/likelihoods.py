@@ -41,6 +41,9 @@ class NetworkLikelihood(Protocol):
     def log_prob(self, f: Tensor, tail: Tensor, y: Tensor) -> Tensor:
         """Log density of every row."""
 
+    def noise(self, f: Tensor, tail: Tensor) -> Tensor | None:
+        """Variance of y given f, [..., t] or [..., n, t]; None for classes."""
+
     def curvature(self, f: Tensor, tail: Tensor) -> Tensor | None:
         """Minus the second derivative of log_prob in f, [n, o, o]; None where it is not of generalised
         Gauss-Newton form."""
@@ -87,6 +90,9 @@ class GaussianNoise:
     def log_prob(self, f: Tensor, tail: Tensor, y: Tensor) -> Tensor:
         return _gaussian(y - f, self.log_noise(tail)[..., None, :])
 
+    def noise(self, f: Tensor, tail: Tensor) -> Tensor | None:
+        return self.log_noise(tail).exp()
+
     def curvature(self, f: Tensor, tail: Tensor) -> Tensor | None:
         return torch.diag_embed(torch.exp(-self.log_noise(tail)).expand_as(f))
 
@@ -126,6 +132,9 @@ class VaryingNoise:
     def log_prob(self, f: Tensor, tail: Tensor, y: Tensor) -> Tensor:
         return _gaussian(y - self.functions(f), self.log_noise(f))
 
+    def noise(self, f: Tensor, tail: Tensor) -> Tensor | None:
+        return self.log_noise(f).exp()
+
     def curvature(self, f: Tensor, tail: Tensor) -> Tensor | None:
         return None
 
@@ -156,6 +165,9 @@ class Classes:
             return F.logsigmoid(torch.where(y > 0.5, f, -f))[..., 0]
         index = y.long().expand(*f.shape[:-1], 1)
         return torch.log_softmax(f, -1).gather(-1, index)[..., 0]
+
+    def noise(self, f: Tensor, tail: Tensor) -> Tensor | None:
+        return None
 
     def curvature(self, f: Tensor, tail: Tensor) -> Tensor | None:
         if self.count == 2:

@@ -61,8 +61,11 @@ def train(
 
     With held-out rows every state ends at the look where these were most probable. A state or loss that is not finite
     ends the run: all states go back to the last look whose own loss was finite too, a DivergedWarning says so, and
-    `problem.report.diverged` has the step. Ctrl-C keeps the best so far, as well.
+    `problem.report.diverged` has the step; a look whose noise is infinite is never kept, and such an end is told in the
+    same way. Ctrl-C keeps the best so far, as well; after one in an earlier run nothing is trained any more.
     """
+    if problem.report.interrupted:
+        return Trained(start, start.new_full((len(start),), torch.nan), False)
     generator = problem.generator(stream)
     steps = steps or problem.steps
     theta = start.clone().requires_grad_()
@@ -74,7 +77,7 @@ def train(
     best, scores = start.clone(), start.new_full((len(start),), -torch.inf)
     bad = torch.zeros((), dtype=torch.bool, device=start.device)
     batches = _Batches(problem.n, problem.batch_size, generator, start.device)
-    done, lost, step = True, False, 0
+    done, lost, overflows, step = True, False, False, 0
     try:
         for step in range(steps):
             rows = batches.next()
@@ -90,11 +93,14 @@ def train(
                         diverged(problem, stage, step + 1)
                         lost = True
                         break
-                    finite, waiting = waiting, theta.detach().clone()
+                    sound = _finite_noise(problem, theta, rows)
+                    overflows = not bool(sound.all())
+                    if not overflows:
+                        finite, waiting = waiting, theta.detach().clone()
                     told = {"stage": stage, "loss": losses.mean().item(), "done": step + 1, "total": steps}
                     if held_out is not None:
                         now = held_out_scores(problem, theta, held_out)
-                        better = now > scores
+                        better = (now > scores) & sound
                         best = torch.where(better[:, None], theta, best)
                         scores = torch.where(better, now, scores)
                         told["held_out"] = scores.mean().item()
@@ -106,10 +112,10 @@ def train(
     except NumericalError:  # a loss that factorises what has overflowed
         diverged(problem, stage, step + 1)
         lost = True
-    if not lost and _has_loss(loss, waiting, batches.next(), steps):
+    if not lost and not overflows and _has_loss(loss, waiting, batches.next(), steps):
         finite = waiting
     elif not lost:
-        diverged(problem, stage, steps)
+        diverged(problem, stage, step + 1)
         lost = True
     done = done and not lost
     if held_out is None:
@@ -123,6 +129,18 @@ def _has_loss(loss: Loss, theta: Float[Tensor, "s q"], rows: Tensor, steps: int)
         return bool(loss(theta, rows, torch.tensor(steps - 1)).isfinite().all())
     except NumericalError:
         return False
+
+
+@torch.no_grad()
+def _finite_noise(problem: Problem, theta: Float[Tensor, "s q"], rows: Tensor) -> Bool[Tensor, " s"]:
+    """Which states have finite noise at rows: where a log variance has outgrown its exponential, a log density is
+    finite all the same. States of other numbers (means and deviations) all count as such."""
+    fine = torch.ones(len(theta), dtype=torch.bool, device=theta.device)
+    if theta.shape[1] != problem.size:
+        return fine
+    w, tail = problem.split(theta)
+    noise = problem.likelihood.noise(problem.network.many(w, problem.x[rows]), tail)
+    return fine if noise is None or noise.ndim < 2 else noise.isfinite().flatten(1).all(1)
 
 
 def diverged(problem: Problem, stage: str, step: int) -> None:
