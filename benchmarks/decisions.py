@@ -354,6 +354,7 @@ def main() -> None:
     )
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
     parser.add_argument("--cases", default="", help="comma-separated; without it, all of each part")
+    parser.add_argument("--methods", default="", help="comma-separated; without it, all of each part")
     parser.add_argument("--seeds", type=int, default=10)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -364,7 +365,8 @@ def main() -> None:
             run, cases, methods = PARTS[part]
             for case in [case for case in cases if not args.cases or case in args.cases.split(",")]:
                 for method in methods:
-                    if (part, case, method, seed) in written:
+                    left_out = args.methods and method not in args.methods.split(",")
+                    if left_out or (part, case, method, seed) in written:
                         continue
                     figures = run(case, method, seed)
                     if figures is None:
