@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from sections_markdown import table, where
@@ -29,11 +30,17 @@ def decisions(result: dict[str, Any]) -> str:
     for part, cases in result["parts"].items():
         figure, title, style = words[part]
         methods = list(dict.fromkeys(method for row in cases.values() for method in row))
-        seeds = sorted({row["seeds"] for methods_of in cases.values() for row in methods_of.values()})
         parts.append(f"### {title}\n\n" + _decision_table(cases, methods, figure, style))
-        parts.append(f"Mean ± standard error over {' to '.join(map(str, {seeds[0], seeds[-1]}))} seeds.")
+        parts.append(f"Mean ± standard error over seeds: {_seeds(cases)}.")
         beside = {
-            "optimisation": [("seconds_a_step", "Seconds a step", ".2f")],
+            "optimisation": [
+                (
+                    "recommended_regret",
+                    "Regret of what the model expects to be best, where there is noise",
+                    ".3g",
+                ),
+                ("processor_seconds_a_step", "Processor seconds a step", ".2f"),
+            ],
             "newsvendor": [("beyond_posterior", "More than the posterior's, flight by flight", ".2f")],
             "wheel": [("percent_of_uniform", "In percent of the regret of uniform arms", ".1f")],
             "tables": [("percent_of_uniform", "In percent of the regret of uniform arms", ".1f")],
@@ -43,7 +50,10 @@ def decisions(result: dict[str, Any]) -> str:
             ],
         }
         for figure, title, style in beside.get(part, []):
-            parts.append(f"{title}:\n\n" + _decision_table(cases, methods, figure, style))
+            shown = {
+                case: rows for case, rows in cases.items() if any(figure in row for row in rows.values())
+            }
+            parts.append(f"{title}:\n\n" + _decision_table(shown, methods, figure, style))
         if part == "selective":
             parts.append(
                 f"At most {result['budget'].get('selective_seconds', 20)} s of wall time a fit; † where that ended it "
@@ -53,6 +63,19 @@ def decisions(result: dict[str, Any]) -> str:
     parts.append(f"Budget: {result['budget']['bandit_steps']:,} bandit steps; evaluations: {evaluations}.")
     parts.append(where(result["machine"]))
     return "\n\n".join(parts)
+
+
+def _seeds(cases: dict[str, Any]) -> str:
+    """How many each case has, and which of its methods have another number."""
+    counts = {case: {method: row["seeds"] for method, row in rows.items()} for case, rows in cases.items()}
+    if len(found := {n for rows in counts.values() for n in rows.values()}) == 1:
+        return str(found.pop())
+    words = []
+    for case, rows in counts.items():
+        usual = Counter(rows.values()).most_common(1)[0][0]
+        others = ", ".join(f"{method} {n}" for method, n in rows.items() if n != usual)
+        words.append(f"{case} {usual}" + (f" ({others})" if others else ""))
+    return "; ".join(words)
 
 
 def _decision_table(cases: dict[str, Any], methods: list[str], figure: str, style: str) -> str:

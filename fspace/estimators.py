@@ -44,8 +44,9 @@ class GPRegressor(RegressionFront, GPEstimator):
     """Gaussian process regression with deep or plain kernels, exact or sparse.
 
     kernel: "auto" (the data choose between plain and deep), "deep", "matern", "rbf", "neural" (infinitely wide
-        network), "additive" (a sum over the columns), or a gpytorch kernel, which sees standardised inputs. Images
-        [n, c, h, w] and sequences [n, t, d] need a `DeepKernel` with an extractor that reads them.
+        network), "additive" (a sum over the columns), or a gpytorch kernel, which sees standardised inputs, and whose
+        registered priors count. Images [n, c, h, w] and sequences [n, t, d] need a `DeepKernel` with an extractor that
+        reads them.
     inference: "auto", "exact" (Cholesky over all rows), "collapsed" (Titsias' bound), or "sites" (kernel and network
         learned from minibatches by natural-gradient steps; the posterior is then that of "collapsed", or, where the
         noise is not Gaussian, of sites).
