@@ -4,7 +4,7 @@
     python benchmarks/decisions.py --parts wheel --seeds 3
 
 Every run (part, case, method, seed) is written to benchmarks/results/decisions.jsonl when it is done; what is there is
-not run again. One seed of all of optimisation takes about 11 minutes of one core, three of them deep kernels.
+not run again.
 Peers stand in the same run: BoTorch's SingleTaskGP with qLogEI by its own recipe, Sobol points, LinUCB,
 NeuralLinear, uniform arms, random and margin labels.
 """

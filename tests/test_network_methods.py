@@ -91,23 +91,29 @@ def test_every_method_classifies(name, classes, wave, tmp_path):
     assert np.array_equal(again.predict_proba(X), probs) and list(again.classes_) == list(model.classes_)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_ctrl_c_keeps_the_best_so_far(wave, name, monkeypatch):
-    skip_without_its_library(name)
-    real = FunctionEstimator._recorder
+def interrupted_after(entries, monkeypatch):
+    """Press Ctrl-C after so many entries of a fit's history; the list that their stages are put in."""
+    real, stages = FunctionEstimator._recorder, []
 
     def recorder(self, tell, held):
-        record, seen = real(self, tell, held), []
+        record = real(self, tell, held)
 
         def interrupted(**entry):
-            seen.append(entry)
+            stages.append(entry["stage"])
             record(**entry)
-            if len(seen) == 3:
+            if len(stages) == entries:
                 raise KeyboardInterrupt
 
         return interrupted
 
     monkeypatch.setattr(FunctionEstimator, "_recorder", recorder)
+    return stages
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_ctrl_c_keeps_the_best_so_far(wave, name, monkeypatch):
+    skip_without_its_library(name)
+    interrupted_after(3, monkeypatch)
     with pytest.warns(UserWarning, match="Interrupted"):
         model = fspace.BNNRegressor(FEW.get(name, name), likelihood="gaussian", **QUICK).fit(*wave)
     assert model.interrupted_ and np.isfinite(model.predict(wave[0])).all()
@@ -133,20 +139,7 @@ def test_what_overflows_is_called_so_and_never_predicts_what_is_not_finite(name,
 
 
 def test_dropout_that_is_interrupted_in_its_search_starts_no_other_run(wave, monkeypatch):
-    real, stages = FunctionEstimator._recorder, []
-
-    def recorder(self, tell, held):
-        record = real(self, tell, held)
-
-        def interrupted(**entry):
-            stages.append(entry["stage"])
-            record(**entry)
-            if len(stages) == 20:
-                raise KeyboardInterrupt
-
-        return interrupted
-
-    monkeypatch.setattr(FunctionEstimator, "_recorder", recorder)
+    stages = interrupted_after(20, monkeypatch)
     with pytest.warns(UserWarning, match="Interrupted"):
         model = fspace.BNNRegressor("dropout", hidden=(8,), epochs=300).fit(*wave)
     assert set(stages) == {"dropout: the rate"}
@@ -155,20 +148,7 @@ def test_dropout_that_is_interrupted_in_its_search_starts_no_other_run(wave, mon
 
 @pytest.mark.parametrize("name", ["fvi", "functional_prior"])
 def test_ctrl_c_while_the_kernel_is_learned_ends_the_fit(wave, name, monkeypatch):
-    real, stages = FunctionEstimator._recorder, []
-
-    def recorder(self, tell, held):
-        record = real(self, tell, held)
-
-        def interrupted(**entry):
-            stages.append(entry["stage"])
-            record(**entry)
-            if len(stages) == 3:
-                raise KeyboardInterrupt
-
-        return interrupted
-
-    monkeypatch.setattr(FunctionEstimator, "_recorder", recorder)
+    stages = interrupted_after(3, monkeypatch)
     with pytest.warns(UserWarning, match="Interrupted"):
         model = fspace.BNNRegressor(name, likelihood="gaussian", **QUICK).fit(*wave)
     assert set(stages) <= {f"{name}: prior", "functional_prior: prior"} and len(stages) < 6

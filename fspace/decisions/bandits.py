@@ -24,7 +24,7 @@ from fspace.decisions.sources import check_number
 from fspace.errors import DataError, ModelFileError, OptionError, UtilityError
 from fspace.inference.basis import Basis
 from fspace.inference.numerics import cholesky, solve_lower
-from fspace.inference.optimise import gaussian_likelihood
+from fspace.inference.optimise import MIN_NOISE, gaussian_likelihood
 from fspace.predictive import as_tensor, generator_for
 from fspace.predictive_base import check_whole
 
@@ -63,7 +63,7 @@ def linear_basis(width: int, prior_variance: float = 1.0, noise: float = 0.1) ->
     """
     width = check_whole("width", width)
     prior_variance = check_number(prior_variance, "prior_variance", "be a positive number", 0.0)
-    noise = check_number(noise, "noise", "be a number of at least 1e-06", 0.999e-6)
+    noise = check_number(noise, "noise", f"be a number of at least {MIN_NOISE:g}", least=MIN_NOISE)
     kernel = LinearKernel().double()
     kernel.variance = torch.tensor([[prior_variance]], dtype=torch.float64)
     likelihood = gaussian_likelihood(1, noise, torch.device("cpu"))
@@ -82,12 +82,9 @@ class ArmPosterior:
     def __init__(self, basis: Basis, arms: int, mean: float = 0.0, reward_scale: float = 1.0):
         if not isinstance(basis, Basis):
             raise OptionError(f"basis={basis!r}: pass `linear_basis(width)`, or the Basis of a fitted GP.")
-        (
-            check_number(mean, "mean", "be a number"),
-            check_number(reward_scale, "reward_scale", "be above 0", 0.0),
-        )
         self.basis, self.arms = basis, check_whole("arms", arms, 2)
-        self.mean, self.reward_scale = mean, reward_scale
+        self.mean = check_number(mean, "mean", "be a number")
+        self.reward_scale = check_number(reward_scale, "reward_scale", "be above 0", 0.0)
         self.constant = isinstance(basis.kernel, LinearKernel)
         m = basis.inducing_inputs.shape[0]
         self.precision = basis.factor.new_zeros(arms, m, m)
@@ -189,7 +186,7 @@ class Bandit:
             raise OptionError(f"policy={policy!r} does not exist; choose one of {', '.join(POLICIES)}.")
         if not isinstance(arms, Arms):
             raise OptionError(f"arms={arms!r}: pass what is known of rewards, such as GPArms(width, arms).")
-        width = check_number(width, "width", "be a number of standard deviations, 0 or more", -1e-300)
+        width = check_number(width, "width", "be a number of standard deviations, 0 or more", least=0.0)
         self.known, self.policy, self.width = arms, policy, width
         self.pending: dict[int, tuple[list[float], int]] = {}
         self.told, self._next = 0, 0

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from fspace.decisions.acquisitions import RESTARTS, acquisition
 from fspace.decisions.journal import Journal
-from fspace.decisions.optimisation import GOALS, MOST
-from fspace.decisions.sources import check_callable
+from fspace.decisions.optimisation import GOALS
+from fspace.decisions.sources import MOST, check_callable
 from fspace.errors import DataError, ModelFileError, OptionError
 from fspace.inference.amortized.vae_kernel import VAEKernelGP
 from fspace.inference.basis import Basis

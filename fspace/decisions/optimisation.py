@@ -22,6 +22,7 @@ from torch import Tensor
 from fspace.decisions.acquisitions import ACQUISITIONS, Constraint, acquisition, fulfilled, search, thompson
 from fspace.decisions.journal import read_state, write_state
 from fspace.decisions.models import named_model
+from fspace.decisions.sources import MOST
 from fspace.decisions.space import Space, parse_constraint
 from fspace.errors import DataError, InfeasibleError, ModelFileError, OptionError
 from fspace.posterior import FunctionPosterior
@@ -30,7 +31,6 @@ from fspace.predictive_base import check_seed, check_whole
 
 GOALS = {"maximize": 1.0, "minimize": -1.0}
 FAILED = "Of an experiment that failed tell nothing; `drop` it."
-MOST = 1e150  # what is told squares to something finite
 
 
 class Tried(NamedTuple):

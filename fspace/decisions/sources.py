@@ -14,6 +14,8 @@ from fspace.errors import DataError, NotFittedError, OptionError
 from fspace.posterior import FunctionPosterior
 from fspace.predictive import as_tensor
 
+MOST = 1e150  # in size of what is told or paid: its square is finite
+
 
 def posterior_of(model: Any) -> FunctionPosterior:
     """The posterior of a model: itself, or that of a fitted estimator. Raises OptionError, NotFittedError."""
@@ -33,14 +35,20 @@ def check_callable(f: Any, name: str) -> None:
 
 
 def check_number(
-    value: Any, name: str, must: str, above: float = -math.inf, below: float = math.inf
+    value: Any,
+    name: str,
+    must: str,
+    above: float = -math.inf,
+    below: float = math.inf,
+    least: float = -math.inf,
 ) -> float:
-    """The value as a float. Raises OptionError ("NAME=... must {must}.") unless it is a number between the two."""
+    """The value as a float. Raises OptionError ("NAME=... must {must}.") unless it is a number between the first two,
+    and at least `least`."""
     try:
         number = math.nan if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not above < number < below:
+    if not (above < number < below and number >= least):
         raise OptionError(f"{name}={value!r} must {must}.")
     return number
 

@@ -17,13 +17,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fspace.decisions.risks import MeanVariance, Risk, expected_excess, mean_and_covariance
-from fspace.decisions.sources import check_callable, check_number, posterior_of, rows_of
+from fspace.decisions.sources import MOST, check_callable, check_number, posterior_of, rows_of
 from fspace.errors import DataError, OptionError, UtilityError
 from fspace.predictive import Categorical, Predictive, as_tensor
 from fspace.predictive_base import Continuous, check_seed, check_whole
 
 FOR_NUMBERS = "{} is for numbers; for classes give a CostMatrix (in a utility file: costs)."
-MOST = 1e150  # what a utility gives squares to something finite
 ROWS = 256  # whose joint samples are drawn at once
 
 

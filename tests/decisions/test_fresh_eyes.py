@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import fspace
-from fspace import cli
 from fspace.compare import command as compare_command
 from fspace.compare import pictures
 from fspace.compare.results import Results
@@ -36,18 +35,10 @@ from fspace.errors import DataError, ModelFileError, OptionError, UtilityError
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
-    """Run a command line in an empty folder: (exit status, stdout, stderr)."""
+def run(terminal, tmp_path, monkeypatch):
+    """`terminal` in an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def command(*args):
-        monkeypatch.setattr(sys, "argv", ["fspace", *map(str, args)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return command
+    return terminal
 
 
 SPACE = {"settings": {"x": {"between": [0, 1]}, "n": {"whole": [1, 3]}}}
