@@ -22,7 +22,8 @@ from fspace.front import ClassificationFront, RegressionFront, column_scales
 from fspace.inference.candidates import EXACT_ROWS
 from fspace.inference.gp import GPPosterior
 from fspace.inference.likelihoods import NAMED, REAL, with_offset
-from fspace.inference.optimise import MIN_NOISE, gaussian_likelihood
+from fspace.inference.optimise import gaussian_likelihood
+from fspace.kernels.deep import DeepKernel
 from fspace.posterior import MixturePosterior
 from fspace.targets import (
     balanced,
@@ -52,9 +53,10 @@ class GPRegressor(RegressionFront, GPEstimator):
         noise is not Gaussian, of sites).
     likelihood: "auto" (with kernel="auto" the data say whether Gaussian noise varies over the inputs; else constant),
         "gaussian" (constant), "heteroscedastic" (varies), or a gpytorch GaussianLikelihood, whose noise is in units
-        of standardised y and is where the fit starts. Heavy tails: "student_t", "laplace". Counts: "poisson",
-        "negative_binomial". Positive y: "gamma". Shares between 0 and 1: "beta". Or another gpytorch likelihood of
-        one function, which sees y as it is. latent(x) of those with a link is of the function before it.
+        of standardised y and is where the fit starts; its noise_prior counts in exact inference. Heavy tails:
+        "student_t", "laplace". Counts: "poisson", "negative_binomial". Positive y: "gamma". Shares between 0 and 1:
+        "beta". Or another gpytorch likelihood of one function, which sees y as it is. latent(x) of those with a link
+        is of the function before it.
     outputs: of y [n, t], "independent" (one kernel, a noise variance for each), or "coregionalised": functions of
         covariance B_st k(x, x') and noise that is correlated between the outputs, B and the noise covariance learned
         from the data (Gaussian noise only; Bonilla, Chai and Williams 2008). Predictions are joint over the outputs.
@@ -126,13 +128,14 @@ class GPRegressor(RegressionFront, GPEstimator):
                     f"Target {names[constant.argmax()]!r} has the same value in every row; it "
                     "is correlated with nothing: leave it out, or take outputs='independent'."
                 )
+        exact = self.inference == "exact" or (self.inference == "auto" and len(x) <= EXACT_ROWS)
         likelihood: Any = None
         if link:
             likelihood = with_offset(copy.deepcopy(given), torch.from_numpy((columns - shift) / scale))
         elif not isinstance(given, str):
             likelihood = own_likelihood(given, columns.shape[1])
+            self._check_noise_prior(likelihood, exact)
         vary = {"auto": None, "heteroscedastic": True}.get(given, False) if isinstance(given, str) else False
-        exact = self.inference == "exact" or (self.inference == "auto" and len(x) <= EXACT_ROWS)
         self._fit_plan(
             encoder,
             x,
@@ -189,6 +192,15 @@ class GPRegressor(RegressionFront, GPEstimator):
         x = np.asarray(self.encoder_.transform(X), dtype=np.float64)
         self._take_in(x, check_target(y, len(x)), site, discount)
         return self
+
+    def _check_noise_prior(self, likelihood: GaussianLikelihood, exact: bool) -> None:
+        deep = isinstance(self.kernel, DeepKernel) or self.kernel in ("auto", "deep")
+        if list(likelihood.named_priors()) and (deep or not exact):
+            raise OptionError(
+                "likelihood has a prior on its noise, which counts in exact inference with a kernel that is not deep; "
+                f"kernel={self.kernel!r} of inference={self.inference!r} would not keep it. Pass one without, or take "
+                "kernel='matern', inference='exact'."
+            )
 
     def _check_options(self) -> None:
         self._check_shared_options()
@@ -333,16 +345,14 @@ def own_likelihood(given: GaussianLikelihood, outputs: int) -> GaussianLikelihoo
             "likelihood has a noise that is fixed; this estimator learns it. Leave requires_grad on."
         )
     constraint = like.noise_covar.raw_noise_constraint
-    if math.isfinite(constraint.upper_bound) or constraint.lower_bound > 1e-4 or list(like.named_priors()):
+    if math.isfinite(constraint.upper_bound) or constraint.lower_bound > 1e-4:
         raise OptionError(
-            "likelihood has a prior or bounds on its noise, which this estimator would not keep; pass one without, "
-            "whose noise is where the fit starts."
+            "likelihood has bounds on its noise, which this estimator would not keep; pass one without, whose noise "
+            "is where the fit starts."
         )
     if like.noise.numel() not in (1, outputs):
         raise OptionError(
             f"likelihood has {like.noise.numel()} noise variances, but y has {outputs} outputs."
         )
-    noise = like.noise.detach().reshape(-1, 1).expand(outputs, 1).clone()
-    own = gaussian_likelihood(outputs, 0.1, torch.device("cpu"))
-    own.noise = noise.clamp(min=1.001 * MIN_NOISE)
-    return own
+    prior = getattr(like.noise_covar, "noise_prior", None)
+    return gaussian_likelihood(outputs, like.noise.detach().reshape(-1), torch.device("cpu"), prior)

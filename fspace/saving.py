@@ -37,7 +37,13 @@ from fspace.inference.nongaussian import posterior_of
 from fspace.inference.numerics import pick_device
 from fspace.inference.optimise import gaussian_likelihood
 from fspace.inference.weights import GaussianPrior, Method
-from fspace.kernels.describe import kernel_from_spec, kernel_to_spec, module_to_spec
+from fspace.kernels.describe import (
+    kernel_from_spec,
+    kernel_to_spec,
+    module_to_spec,
+    prior_from_spec,
+    prior_to_spec,
+)
 from fspace.network_estimators import BNNClassifier, BNNEstimator, BNNRegressor
 from fspace.network_saving import (
     describe_networks,
@@ -134,7 +140,11 @@ def _option(name: str, value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return {"kernel": kernel_to_spec(value), "fixed": fixed}
     if isinstance(value, GaussianLikelihood):
         tensors[f"option.{name}.noise"] = value.noise
-        return {"noise": list(value.noise.shape)}
+        prior = getattr(value.noise_covar, "noise_prior", None)
+        described = (
+            {} if prior is None else {"prior": prior_to_spec(prior, "noise_prior", " of the likelihood")}
+        )
+        return {"noise": list(value.noise.shape), **described}
     if isinstance(value, Likelihood):
         tensors |= {f"option.{name}.{k}": v for k, v in value.state_dict().items()}
         return likelihood_to_spec(value)
@@ -175,7 +185,10 @@ def _read_option(
     if isinstance(value, dict) and "weight_prior" in value:
         return GaussianPrior(**value["weight_prior"])
     if isinstance(value, dict) and "noise" in value:
-        likelihood = GaussianLikelihood(noise_constraint=Positive(), batch_shape=own["noise"].shape[:-1])
+        prior = prior_from_spec(value["prior"]) if "prior" in value else None
+        likelihood = GaussianLikelihood(
+            noise_prior=prior, noise_constraint=Positive(), batch_shape=own["noise"].shape[:-1]
+        )
         likelihood.to(own["noise"].dtype).noise = own["noise"]
         return likelihood
     if isinstance(value, dict) and "items" in value:

@@ -71,7 +71,7 @@ class WideNetworkGP(RegressorMixin, BaseEstimator):
             if self.noise_variance is not None
             else _likeliest_noise(covariance(kernel, rows), modelled)
         )
-        likelihood = gaussian_likelihood(1, max(noise, 1.001 * MIN_NOISE), rows.device)
+        likelihood = gaussian_likelihood(1, noise, rows.device)
         done = finish_exact(kernel, likelihood, rows, modelled)
         self.log_evidence_ = done.log_evidence
         self.posterior_ = GPPosterior(done.basis, done.site, scaling)

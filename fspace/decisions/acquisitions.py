@@ -36,7 +36,7 @@ from fspace.posterior import FunctionPosterior
 ACQUISITIONS = ("qLogNEI", "qLogEI", "qUCB", "qLogNEHVI", "thompson")
 SAMPLES = 128
 BETA = 4.0  # of qUCB: two standard deviations
-CANDIDATES = 1024  # random configurations that a search starts from
+CANDIDATES = 1024  # random configurations that a search starts from, and as many near the best so far
 COMBINATIONS = 4  # of discrete settings at which continuous ones are searched
 RESTARTS = 4
 
@@ -127,11 +127,15 @@ def _acquisition(
 
 
 def search(
-    function: AcquisitionFunction, space: Space, taken: Float[Tensor, "n d"], seed: int
+    function: AcquisitionFunction,
+    space: Space,
+    candidates: Float[Tensor, "m d"],
+    taken: Float[Tensor, "n d"],
+    seed: int,
 ) -> Float[Tensor, " d"]:
-    """The encoded configuration of the largest value: continuous settings by gradients, at the combinations of discrete
-    ones that promise most; never one of `taken` where that can be told apart. Raises InfeasibleError."""
-    candidates = fresh(space, taken, seed)
+    """The encoded configuration of the largest value: from the best of the candidates, continuous settings by
+    gradients, at the combinations of discrete ones that promise most; never one of `taken` where that can be told
+    apart."""
     with torch.no_grad():
         values = torch.cat([function(part[:, None, :]) for part in candidates.split(256)])
     order = values.argsort(descending=True)
@@ -177,6 +181,21 @@ def _first_distinct(rows: Float[Tensor, "n k"], most: int) -> list[Float[Tensor,
     return list(found.values())
 
 
+def candidates(
+    space: Space,
+    x: Float[Tensor, "n d"],
+    y: Float[Tensor, "n t"],
+    objectives: int,
+    constraints: Sequence[Constraint],
+    taken: Float[Tensor, "p d"],
+    seed: int,
+) -> Float[Tensor, "m d"]:
+    """Random configurations, and steps from the best so far, that fulfil the constraints of the space and were not
+    tried. In many dimensions random ones alone are too far from what is good. Raises InfeasibleError."""
+    found = torch.cat([fresh(space, taken, seed), _near_best(space, x, y, objectives, constraints, seed)])
+    return found[space.feasible(found) & ~_among(found, taken)]
+
+
 def fresh(space: Space, taken: Float[Tensor, "n d"], seed: int) -> Float[Tensor, "m d"]:
     """Random configurations that fulfil the constraints and were not tried. Raises InfeasibleError where none is
     left."""
@@ -190,22 +209,17 @@ def fresh(space: Space, taken: Float[Tensor, "n d"], seed: int) -> Float[Tensor,
 
 def thompson(
     posteriors: Sequence[FunctionPosterior],
-    space: Space,
-    x: Float[Tensor, "n d"],
     y: Float[Tensor, "n t"],
     objectives: int,
     constraints: Sequence[Constraint],
-    taken: Float[Tensor, "p d"],
+    candidates: Float[Tensor, "m d"],
     seed: int,
 ) -> Float[Tensor, " d"]:
-    """The best of random configurations, and of steps from the best so far, under one function drawn for every outcome.
+    """The best of the candidates under one function drawn for every outcome.
 
     Where none fulfils the constraints under the draw, the one that breaks them least. Several objectives are weighed
     by a random point of the simplex (augmented Chebyshev). Sources: Thompson (1933); Eriksson and Poloczek (2021).
     """
-    generator = torch.Generator().manual_seed(seed)
-    candidates = torch.cat([fresh(space, taken, seed), _near_best(space, x, y, constraints, generator)])
-    candidates = candidates[space.feasible(candidates) & ~_among(candidates, taken)]
     with torch.no_grad():
         drawn = torch.stack(
             [
@@ -227,15 +241,17 @@ def thompson(
 
 
 def _near_best(
-    space: Space, x: Tensor, y: Tensor, constraints: Sequence[Constraint], generator: torch.Generator
+    space: Space, x: Tensor, y: Tensor, objectives: int, constraints: Sequence[Constraint], seed: int
 ) -> Float[Tensor, "m d"]:
+    """Steps of many sizes, in some of the columns, from the observed configurations that none is better than."""
+    generator, count = torch.Generator().manual_seed(seed), CANDIDATES
     good = fulfilled(y, constraints)
-    value = torch.where(good | ~good.any(), y[:, 0], -torch.inf)
-    centre = x[value.argmax()]
-    count = CANDIDATES
+    rows = (good | ~good.any()).nonzero()[:, 0]
+    rows = rows[is_non_dominated(y[rows, :objectives])]
     width = 10.0 ** -(0.5 + 2.5 * torch.rand(count, 1, generator=generator, dtype=torch.float64))
     steps = width * torch.randn(count, space.width, generator=generator, dtype=torch.float64)
     moved = torch.rand(count, space.width, generator=generator) < max(0.5, 3.0 / space.width)
+    centre = x[rows[torch.randint(len(rows), (count,), generator=generator)]]
     return space.rounded((centre + torch.where(moved, steps, 0.0)).clamp(0.0, 1.0))
 
 

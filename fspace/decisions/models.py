@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fspace.errors import OptionError
 
 KERNELS = ("matern", "rbf", "neural", "deep")  # of GPs; "neural" is the infinitely wide network
-# Variance of the noise where its learning starts, in units of the outcome's variance: from more, a few rows in many
-# dimensions are often taken for nothing but noise, after which there is nothing to search by.
-LITTLE_NOISE = 0.005
+# Mean and spread of the log of the noise variance, in units of the outcome's variance. Without this prior a few rows
+# in many dimensions are often taken for nothing but noise, after which there is nothing to search by.
+LOG_NOISE = (-4.0, 1.0)
 
 
 def named_model(name: str, seed: int = 0) -> Any:
     """An estimator: a GP with one of KERNELS, or a network by a method of `fspace.inference.weights.METHODS`.
 
+    GPs start from little noise, with the log-normal prior that BoTorch has too for all but "deep".
     Networks have two hidden layers of 32 and constant noise, and take 500 steps over all rows; those of "hmc" (16
     chains) and "nuts" (one) one layer of 16, with 128 and 64 states: few for a posterior, many for one experiment.
     Raises OptionError.
     """
     from gpytorch.likelihoods import GaussianLikelihood
+    from gpytorch.priors import LogNormalPrior
 
     from fspace.estimators import GPRegressor
     from fspace.inference.weights import HMC, METHODS, NUTS, Ensemble
     from fspace.network_estimators import BNNRegressor
 
     if name in KERNELS:
-        likelihood = GaussianLikelihood()
-        likelihood.noise = LITTLE_NOISE
+        likelihood = GaussianLikelihood(noise_prior=None if name == "deep" else LogNormalPrior(*LOG_NOISE))
+        likelihood.noise = math.exp(LOG_NOISE[0] - LOG_NOISE[1] ** 2)  # where the prior is highest
         return GPRegressor(kernel=name, likelihood=likelihood, inference="exact", progress=False, seed=seed)
     if name not in METHODS:
         raise OptionError(

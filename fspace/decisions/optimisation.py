@@ -19,7 +19,16 @@ from jaxtyping import Bool, Float
 from sklearn.base import clone
 from torch import Tensor
 
-from fspace.decisions.acquisitions import ACQUISITIONS, Constraint, acquisition, fulfilled, search, thompson
+from fspace.decisions.acquisitions import (
+    ACQUISITIONS,
+    Constraint,
+    acquisition,
+    candidates,
+    fresh,
+    fulfilled,
+    search,
+    thompson,
+)
 from fspace.decisions.journal import read_state, write_state
 from fspace.decisions.models import named_model
 from fspace.decisions.sources import MOST
@@ -242,26 +251,25 @@ class Optimizer:
             start = self.space.sample(self._asked + 1, self.seed)[self._asked :]
             known = torch.cat([x, pending])
             if len(known) and bool((torch.cdist(start, known) < 1e-9).any()):
-                from fspace.decisions.acquisitions import fresh
-
                 start = fresh(self.space, known, seed)[:1]
             return self.space.decode(start)[0]
         self._update_model()
-        taken = torch.cat([x, pending])
+        taken, many = torch.cat([x, pending]), len(self.goals)
+        start = candidates(self.space, x, y, many, self.constraints, taken, seed)
         if self.acquisition == "thompson":
-            row = thompson(self._posteriors, self.space, x, y, len(self.goals), self.constraints, taken, seed)
+            row = thompson(self._posteriors, y, many, self.constraints, start, seed)
         else:
             function = acquisition(
                 self.acquisition,
                 self._posteriors,
                 x,
                 y,
-                len(self.goals),
+                many,
                 self.constraints,
                 pending if len(pending) else None,
                 seed=seed % 2**31,
             )
-            row = search(function, self.space, taken, seed % 2**31)
+            row = search(function, self.space, start, taken, seed % 2**31)
         return self.space.decode(row[None])[0]
 
     def _update_model(self) -> None:

@@ -212,6 +212,8 @@ def fit_plain(plan: Plan, kernel: Kernel, scaling: dict[str, np.ndarray], name: 
         _learn_by_sites(plan, kernel, likelihood, x, plan.seed, name)
     else:
         uninterrupted = _learn_plain(plan, kernel, likelihood, x, name)
+        if list(likelihood.named_priors()):  # it has done its part
+            likelihood = gaussian_likelihood(plan.y.shape[1], likelihood.noise.detach()[:, 0], x.device)
 
     if plan.coregionalised:
         plan, likelihood, full = _rotated(plan, kernel, likelihood, x, full, plan.inducing)

@@ -10,6 +10,8 @@ import torch
 from gpytorch.constraints import GreaterThan
 from gpytorch.kernels import Kernel
 from gpytorch.likelihoods import GaussianLikelihood
+from gpytorch.module import Module
+from gpytorch.priors import Prior
 from jaxtyping import Float
 from scipy.optimize import minimize
 from torch import Tensor
@@ -23,13 +25,16 @@ MIN_NOISE = 1e-6  # of the variance of y: below it the noise cannot be told from
 Record = Callable[..., None]
 
 
-def gaussian_likelihood(outputs: int, noise: float, device: torch.device) -> GaussianLikelihood:
-    """Gaussian noise with one variance an output, in units of standardised y."""
+def gaussian_likelihood(
+    outputs: int, noise: float | Tensor, device: torch.device, prior: Prior | None = None
+) -> GaussianLikelihood:
+    """Gaussian noise with one variance an output, in units of standardised y; noise: one for all, or [t]."""
     likelihood = GaussianLikelihood(
-        noise_constraint=GreaterThan(MIN_NOISE), batch_shape=torch.Size([outputs])
+        noise_prior=prior, noise_constraint=GreaterThan(MIN_NOISE), batch_shape=torch.Size([outputs])
     )
     likelihood = likelihood.to(device=device, dtype=torch.float64)
-    likelihood.noise = torch.full((outputs, 1), noise, dtype=torch.float64, device=device)
+    start = torch.as_tensor(noise, dtype=torch.float64, device=device).clamp(min=1.001 * MIN_NOISE)
+    likelihood.noise = start.expand(outputs)[:, None]
     return likelihood
 
 
@@ -88,9 +93,9 @@ def lbfgs(
     return True
 
 
-def log_prior(kernel: Kernel) -> Tensor:
-    """Log density of the priors that are registered on a kernel's parameters; zero where there are none."""
-    terms = [prior.log_prob(value(part)).sum().double() for _, part, prior, value, _ in kernel.named_priors()]
+def log_prior(module: Module) -> Tensor:
+    """Log density of the priors registered on the parameters of a kernel or a likelihood; zero where there are none."""
+    terms = [prior.log_prob(value(part)).sum().double() for _, part, prior, value, _ in module.named_priors()]
     return torch.stack(terms).sum() if terms else torch.zeros((), dtype=torch.float64)
 
 
@@ -135,7 +140,7 @@ def fit_exact(
         k = covariance(inner, z)
         evidence = log_marginal_likelihood(k, y, likelihood.noise[..., 0])
         penalty = kernel_penalty(inner) + _variance_penalty(k)
-        value = (penalty - evidence) / y.numel()
+        value = (penalty - log_prior(likelihood) - evidence) / y.numel()
         value.backward()
         return value.detach()
 

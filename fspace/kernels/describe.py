@@ -187,7 +187,8 @@ def _kernel_to_spec(kernel: Kernel, path: str) -> Spec:
         described = _constraint_to_spec(constraint, key, place)
         spec.setdefault("constraints", {})[key.removesuffix("_constraint")] = described
     for key, (prior, _, _) in kernel._priors.items():
-        spec.setdefault("priors", {})[key] = _prior_to_spec(kernel, prior, key, place)
+        accepted = {*inspect.signature(type(kernel)).parameters, *inspect.signature(Kernel).parameters}
+        spec.setdefault("priors", {})[key] = prior_to_spec(prior, key, place, key in accepted)
     return spec
 
 
@@ -224,14 +225,14 @@ def _transform_name(transform: Any, key: str, place: str) -> str:
     )
 
 
-def _prior_to_spec(kernel: Kernel, prior: priors.Prior, key: str, place: str) -> Spec:
+def prior_to_spec(prior: priors.Prior, key: str, place: str, accepted: bool = True) -> Spec:
+    """A prior of gpytorch as JSON; accepted: whether the constructor of what has it takes it. Raises ModelFileError."""
     name = type(prior).__name__
     known = type(prior) is getattr(priors, name, None) and name in _PRIORS
-    accepted = {*inspect.signature(type(kernel)).parameters, *inspect.signature(Kernel).parameters}
-    if not known or getattr(prior, "_transform", None) is not None or key not in accepted:
+    if not known or getattr(prior, "_transform", None) is not None or not accepted:
         raise ModelFileError(
             f"The prior {key} = {name}{place} cannot be saved; use one of {', '.join(sorted(_PRIORS))} "
-            "without a transform, given to the kernel's constructor, or none (predictions do not use it)."
+            "without a transform, given to the constructor, or none (predictions do not use it)."
         )
     return {"type": name, **{arg: _to_json(getattr(prior, arg)) for arg in _PRIORS[name]}}
 
@@ -279,7 +280,7 @@ def _kernel_from_spec(spec: Mapping[str, Any], modules: Mapping[str, nn.Module])
     children = {key: _kernel_from_spec(child, modules) for key, child in spec.get("children", {}).items()}
     args = dict(spec.get("args", {}))
     for key, prior in spec.get("priors", {}).items():
-        args[key] = _prior_from_spec(prior)
+        args[key] = prior_from_spec(prior)
     kernel: Kernel
     if name == "DeepKernel":
         extractor = module_from_spec(spec["extractor"], modules)
@@ -325,7 +326,8 @@ def _constraint_from_spec(spec: Mapping[str, Any]) -> constraints.Interval:
     return getattr(constraints, spec["type"])(**bounds, transform=transform, inv_transform=inverse)
 
 
-def _prior_from_spec(spec: Mapping[str, Any]) -> priors.Prior:
+def prior_from_spec(spec: Mapping[str, Any]) -> priors.Prior:
+    """The prior that `prior_to_spec` described."""
     args = {arg: _from_json(spec[arg]) for arg in _PRIORS[spec["type"]]}
     return getattr(priors, spec["type"])(**args)
 
