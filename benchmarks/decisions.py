@@ -39,7 +39,7 @@ SURROGATES = {
     "fspace deep": {"model": "deep"},
     "fspace NNGP": {"model": "neural"},
     "fspace ensemble": {"model": "ensemble"},
-    "fspace HMC, batches of 4": {"model": "hmc"},
+    "fspace HMC (batches of 4)": {"model": "hmc"},
     "fspace qLogNEI": {"acquisition": "qLogNEI"},
     "fspace qLogEI": {},
     "fspace thompson": {"acquisition": "thompson"},

@@ -10,7 +10,7 @@ from fspace.errors import OptionError
 KERNELS = ("matern", "rbf", "neural", "deep")  # of GPs; "neural" is the infinitely wide network
 # Mean and spread of the log of the noise variance, in units of the outcome's variance. Without this prior a few rows
 # in many dimensions are often taken for nothing but noise, after which there is nothing to search by.
-LOG_NOISE = (-4.0, 1.0)
+LOG_NOISE = (-4.0, 2.0)
 
 
 def named_model(name: str, seed: int = 0) -> Any:
@@ -30,7 +30,7 @@ def named_model(name: str, seed: int = 0) -> Any:
 
     if name in KERNELS:
         likelihood = GaussianLikelihood(noise_prior=None if name == "deep" else LogNormalPrior(*LOG_NOISE))
-        likelihood.noise = math.exp(LOG_NOISE[0] - LOG_NOISE[1] ** 2)  # where the prior is highest
+        likelihood.noise = math.exp(LOG_NOISE[0])
         return GPRegressor(kernel=name, likelihood=likelihood, inference="exact", progress=False, seed=seed)
     if name not in METHODS:
         raise OptionError(
