@@ -41,8 +41,8 @@ class Split(NamedTuple):
     y_test: Float[np.ndarray, " m"]
 
 
-def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """A CSV or Parquet file as a frame. Raises DataError: missing, empty, cut off, not a table."""
+def read_table(path: str | os.PathLike[str], least_rows: int = 1) -> pd.DataFrame:
+    """A CSV or Parquet file as a frame. Raises DataError: missing, empty, cut off, not a table, too few rows."""
     file = Path(path)
     if not file.exists():
         beside = sorted(p.name for p in file.parent.iterdir()) if file.parent.is_dir() else []
@@ -59,8 +59,8 @@ def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
     if file.stat().st_size == 0:
         raise DataError(f"{str(file)!r} is empty.")
     table = _read_parquet(file) if kind == "parquet" else _read_csv(file)
-    if table.shape[0] == 0 or table.shape[1] == 0:
-        raise DataError(f"{str(file)!r} has {table.shape[1]} columns and no rows.")
+    if len(table) < least_rows or table.shape[1] == 0:
+        raise DataError(f"{str(file)!r} has {table.shape[1]} columns and {len(table) or 'no'} rows.")
     table.columns = table.columns.map(str)
     return table
 

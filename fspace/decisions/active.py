@@ -56,9 +56,9 @@ def select(
     model: Any,
     pool: Any,
     k: int,
-    criterion: str = "variance",
+    criterion: Any = "variance",
     reference: Any = None,
-    duplicates: str = "error",
+    duplicates: Any = "error",
     shortlist: int = SHORTLIST,
     seed: int = 0,
 ) -> Selection:
@@ -70,9 +70,9 @@ def select(
     variances and gains are summed. Raises DataError for an empty pool, fewer rows than k, NaN, other columns,
     duplicates; OptionError for what does not exist.
     """
-    if criterion not in CRITERIA:
+    if not isinstance(criterion, str) or criterion not in CRITERIA:
         raise OptionError(f"criterion={criterion!r} does not exist; choose one of {', '.join(CRITERIA)}.")
-    if duplicates not in ("error", "drop"):
+    if not isinstance(duplicates, str) or duplicates not in ("error", "drop"):
         raise OptionError(f"duplicates={duplicates!r} does not exist; choose 'error' or 'drop'.")
     if not isinstance(k, int | np.integer) or isinstance(k, bool) or k < 1:
         raise OptionError(f"k={k!r}: how many rows to choose is a whole number of at least 1.")

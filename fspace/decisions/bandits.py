@@ -177,12 +177,12 @@ class Bandit:
     def __init__(
         self,
         arms: Arms,
-        policy: str = "thompson",
+        policy: Any = "thompson",
         width: float = 2.0,
         journal: str | os.PathLike[str] | None = None,
         seed: int = 0,
     ):
-        if policy not in POLICIES:
+        if not isinstance(policy, str) or policy not in POLICIES:
             raise OptionError(f"policy={policy!r} does not exist; choose one of {', '.join(POLICIES)}.")
         if not isinstance(arms, Arms):
             raise OptionError(f"arms={arms!r}: pass what is known of rewards, such as GPArms(width, arms).")

@@ -20,7 +20,7 @@ def learning_curve(
     X: Any,
     y: Any,
     score: Callable[[Any], float],
-    criterion: str = "variance",
+    criterion: Any = "variance",
     start: int = 10,
     batch: int = 10,
     labels: int = 100,
@@ -33,7 +33,7 @@ def learning_curve(
     many more as it takes to see two). criterion: one of `select`, or "random", or "margin" (classes: the smallest gap
     between the two likeliest). Raises OptionError, DataError.
     """
-    if criterion not in (*CRITERIA, *BASELINES):
+    if not isinstance(criterion, str) or criterion not in (*CRITERIA, *BASELINES):
         raise OptionError(
             f"criterion={criterion!r} does not exist; choose one of {', '.join((*CRITERIA, *BASELINES))}."
         )

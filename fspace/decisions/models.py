@@ -16,7 +16,8 @@ LOG_NOISE = (-4.0, 2.0)
 def named_model(name: str, seed: int = 0) -> Any:
     """An estimator: a GP with one of KERNELS, or a network by a method of `fspace.inference.weights.METHODS`.
 
-    GPs start from little noise, with the log-normal prior that BoTorch has too for all but "deep".
+    GPs start from little noise, which all but "deep" have a log-normal prior on (wider than BoTorch's, so that
+    experiments may be noisy).
     Networks have two hidden layers of 32 and constant noise, and take 500 steps over all rows; those of "hmc" (16
     chains) and "nuts" (one) one layer of 16, with 128 and 64 states: few for a posterior, many for one experiment.
     Raises OptionError.

@@ -120,7 +120,7 @@ def propose(
         )
     optimizer = Optimizer(of_space, _goals(goals), constraints, model, acquisition, seed=seed)
     if Path(experiments).exists():
-        _tell_table(optimizer, read_table(experiments), experiments)
+        _tell_table(optimizer, read_table(experiments, least_rows=0), experiments)
     else:
         _require_a_new_name(optimizer, Path(experiments))
     optimizer._asked = len(optimizer.told) + len(optimizer.pending)

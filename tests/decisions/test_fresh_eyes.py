@@ -26,9 +26,11 @@ from fspace.decisions import (
     Pendulum,
     Space,
     best_action,
+    learning_curve,
     linear_basis,
     off_policy_value,
     plots,
+    select,
 )
 from fspace.decisions.rejecting import losses_of
 from fspace.errors import DataError, ModelFileError, OptionError, UtilityError
@@ -196,6 +198,28 @@ def test_arms_of_a_log_are_whole():
 def test_whole_numbers_beyond_floats_are_refused():
     with pytest.raises(DataError, match="too large"):
         fspace.GPRegressor(progress=False).fit([[10**400, 1], [2, 3]], [1.0, 2.0])
+
+
+def test_counts_that_no_array_has():
+    with pytest.raises(OptionError, match="initial is 1e.* below 2\\^63"):
+        Optimizer({"x": (0.0, 1.0)}, initial=10**400)
+
+
+NAMES = np.array(["variance", "bald"])
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda model: select(model, X, 2, NAMES), "criterion"),
+        (lambda model: select(model, X, 2, duplicates=NAMES), "duplicates"),
+        (lambda model: learning_curve(list, X, X[:, 0], float, NAMES), "criterion"),
+        (lambda model: Bandit(ArmPosterior(linear_basis(2), 2), NAMES), "policy"),
+    ],
+)
+def test_several_names_where_one_is_asked(models, call, words):
+    with pytest.raises(OptionError, match=f"{words}=array.* does not exist"):
+        call(models["numbers"])
 
 
 # ---- journals and models of another kind

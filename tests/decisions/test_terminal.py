@@ -94,6 +94,9 @@ def test_ask_and_tell_through_a_table(run, tmp_path):
         new["loss"] = (new["x"] - 0.6) ** 2 + 0.3 * (new["kind"] == "a")
         tried = pd.concat([tried, new])
     assert len(tried.drop_duplicates(["x", "kind"])) == len(tried)
+    (tmp_path / "none yet.csv").write_text("x,kind,loss\n")
+    status, out, err = run("next", "none yet.csv", *common[1:], "--out", "first.csv")
+    assert status == 0 and "No row of 'none yet.csv' has results" in out, err
     status, _, err = run("next", *common, "--model", "neural", "--out", "next.csv")
     assert status == 0, err
     assert not pd.read_csv(tmp_path / "next.csv").equals(new[["x", "kind"]])
