@@ -30,7 +30,7 @@ LINES = common.RESULTS / "decisions.jsonl"
 DELTAS = (0.5, 0.7, 0.9, 0.95, 0.99)
 STEPS = 1000
 POOL = 600  # rows that may be labelled
-LABELS, LABELS_OF_CLASSES = (20, 20, 200), (20, 20, 160)  # labels at first, in a batch, at most
+LABELS, LABELS_OF_CLASSES = (20, 20, POOL), (20, 20, 300)  # labels at first, in a batch, at most
 SECONDS = 60  # of wall time a fit of selective prediction
 
 
