@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fspace.kernels.evaluate import covariance, diagonal
 
+SMALL = 2048
+
 
 @torch.no_grad()
 def greedy_variance(
@@ -26,13 +28,15 @@ def greedy_variance(
     whole = left.sum()
     rows = torch.empty(min(most, z.shape[0]), z.shape[0], dtype=z.dtype, device=z.device)
     taken: list[int] = []
+    # of few rows the whole matrix is quicker than one row of it at a time
+    matrix = covariance(kernel, z) if len(z) <= min(8 * most, SMALL) else None
     while len(taken) < rows.shape[0]:
         j = int(left.argmax())
         best = left[j]
         if best <= 1e-12 * whole / z.shape[0] or (taken and left.sum() <= tolerance * whole):
             break
         m = len(taken)
-        row = covariance(kernel, z[j : j + 1], z)[0]
+        row = covariance(kernel, z[j : j + 1], z)[0] if matrix is None else matrix[j]
         if m:
             row = row - rows[:m, j] @ rows[:m]
         rows[m] = row / best.sqrt()
