@@ -165,12 +165,82 @@ def streaming(result: dict[str, Any]) -> str:
     return table(head, body) + "\n\n" + where(result["machine"])
 
 
+def server(result: dict[str, Any]) -> str:
+    """One part after the other."""
+    parts = []
+    rows = [
+        [where_, f"{r['natural_parameters']:.0e}", f"{r['log_evidence']:.0e} of {r['of']:,.0f}"]
+        for where_, r in result["equality"].items()
+    ]
+    parts.append(
+        "20,000 rows in 8 shards against the same rows in one place, M = 200: largest error of a natural parameter,"
+        " relative to the largest, and of the log evidence (nats).\n\n"
+        + table(["over", "natural parameters", "log evidence"], rows)
+    )
+    rows = [[f"{r['m']:,}", f"{r['bytes']:,}", f"{r['full']:,}"] for r in result["bytes"]]
+    parts.append("Bytes of a message, beside 8 (M² + M).\n\n" + table(["M", "bytes", "8 (M² + M)"], rows))
+    rows = [[f"{r['m']:,}", r["where"], f"{r['per_second']:.0f}"] for r in result["puts"]]
+    parts.append(
+        "Acknowledged puts a second of one contributor; to a file, each is on the disk when it is answered.\n\n"
+        + table(["M", "to", "puts a second"], rows)
+    )
+    timed = result["time"]
+    rows = [[name, f"{seconds:.2f}"] for name, seconds in timed["seconds"].items()]
+    parts.append(
+        f"One posterior of {timed['rows']:,} rows, M = {timed['m']}: median seconds of three turns.\n\n"
+        + table(["", "seconds"], rows)
+    )
+    r, m = result["recovery"], result["memory"]
+    same = "the same to the last bit" if r["same"] else "DIFFERENT"
+    parts.append(
+        f"After SIGKILL, a server with {r['sites']:,} sites (M = {r['m']}, {r['file_mib']:.0f} MiB) answers"
+        f" {r['seconds']:.1f} s after its start, {r['of_which_reading']:.1f} s of which it reads its file (the rest is"
+        f" the start of Python); what it says is {same}. With {m['sites']:,} sites (M = {m['m']},"
+        f" {m['file_mib']:.0f} MiB on disk), memory peaks {m['fill']['peak_mib']:.0f} MiB above the start while they"
+        f" are put, and {m['reopen']['peak_mib']:.0f} MiB when the file is opened again, which takes"
+        f" {m['reopen']['seconds']:.1f} s: sites stay on disk."
+    )
+    rows = [
+        [name, str(r["rounds"]) if r["last"] < 1e-3 else f"not within {r['of']}", f"{r['last']:.0e}"]
+        for name, r in result["rounds"].items()
+    ]
+    parts.append(
+        "4,000 rows of two classes in 8 shards, M = 100: rounds until the product of all sites is within 1e-3 nats (KL)"
+        " of the pooled posterior, for good, and where it ends.\n\n"
+        + table(["split, order", "rounds", "KL in the end"], rows)
+    )
+    return "\n\n".join([*parts, where(result["machine"])])
+
+
+def server_scale(result: dict[str, Any]) -> str:
+    """One line a case."""
+    rows = []
+    for r in result["cases"]:
+        costs = r["costs"]
+        rows.append([
+            r["kind"], f"{costs['m']:,}", str(r["rounds"]), f"{1 / costs['per_row']:,.0f}",
+            f"{1e3 * costs['put']:.1f}", f"{costs['message'] / 1e6:.2f}", f"{60 * r['hours']:.1f}",
+            f"{60 * r['compute_hours_slowest']:.1f}", f"{r['server_share']:.0%}", f"{r['gigabytes']:.1f}",
+            f"{r['workers_at_full_server']:,.0f}",
+        ])  # fmt: skip
+    head = ["noise", "M", "rounds", "rows/s a worker", "put ms", "MB a message", "minutes", "of which computing",
+            "server busy", "GB in all", "workers that fill it"]  # fmt: skip
+    return (
+        f"{result['workers']:,} workers, {result['rows']:,} rows, simulated.\n\n"
+        + table(head, rows)
+        + "\n\n"
+        + where(result["machine"])
+    )
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "uci": uci,
     "speed": speed,
     "memory": memory,
     "classification": classification,
     "streaming": streaming,
+    "server": server,
+    "server_scale": server_scale,
 }
 
 

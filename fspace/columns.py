@@ -74,7 +74,8 @@ def refuse_text(names: Sequence[str]) -> None:
         options = " ".join(f"--categorical {name}" for name in names)
         raise DataError(
             f"Columns {', '.join(map(repr, names))} hold text and have no category type. If they are categories, say "
-            f"so: categories={list(names)!r}, or in the terminal {options}. Otherwise remove them."
+            f"so: categories={list(names)!r}, or in the terminal {options}. Otherwise remove them (in the terminal "
+            "--drop, once for each)."
         )
 
 
@@ -98,10 +99,13 @@ def _text_message(name: str, values: NDArray, first: int, first_row: int) -> str
             f"Column {name!r} holds text in row {first_row + bad[0]} ({values[bad[0]]!r}){others}, though most of its "
             "values are numbers. Correct the value, or leave the cell empty to have it read as missing."
         )
+    holds = f"Column {name!r} holds text (row {first_row + first}: {values[first]!r})"
+    drop = f"remove the column (in the terminal --drop {name})"
+    if len(values) > 5 and len({str(value) for value in values}) == len(values):
+        return f"{holds}, another one in every row, as an identifier has: {drop}."
     return (
-        f"Column {name!r} holds text (row {first_row + first}: {values[first]!r}) and has no category type. If it is a "
-        f"category, say so: X[{name!r}].astype('category'), or categories=[{name!r}], or in the terminal "
-        f"--categorical {name}. Otherwise remove the column."
+        f"{holds} and has no category type. If it is a category, say so: X[{name!r}].astype('category'), or "
+        f"categories=[{name!r}], or in the terminal --categorical {name}. Otherwise {drop}."
     )
 
 

@@ -16,6 +16,8 @@ from fspace.gaussians import Gaussian
 from fspace.predictive_base import Continuous, check_count, generator_for
 
 NODES = 32  # of the quadrature over the function's value
+FAR = 1e-30  # levels below which scipy's quantiles of shares are wrong or NaN, and Student's plus infinity
+LEAST = 5e-324  # the smallest positive number
 
 
 class Compound(Continuous):
@@ -162,6 +164,25 @@ class Counts:
         return bisected(self.cdf, p, np.maximum(low, -1.0), high, True)
 
 
+class LowerTail:
+    """A scipy distribution whose quantiles at levels under FAR are solved from its cdf, from `high` down to `low`, or
+    further where it has no end."""
+
+    def __init__(self, known: Any, low: Any, high: Any, ends: bool):
+        self.known, self.low, self.high, self.ends = known, low, high, ends
+        self.cdf = known.cdf
+
+    def ppf(self, p: Any) -> np.ndarray:
+        """Where the cdf is p."""
+        if (np.asarray(p) >= FAR).all():
+            return self.known.ppf(p)
+        shape = np.broadcast(self.known.cdf(self.low), p).shape
+        low, high = (np.broadcast_to(end, shape).astype(np.float64) for end in (self.low, self.high))
+        while not self.ends and (short := self.cdf(low) > p).any():
+            low = np.where(short, high - 1e3 * (high - low), low)
+        return bisected(self.cdf, p, low, high, False)
+
+
 def scipy_form(given: distributions.Distribution) -> Any:
     """A torch distribution with cdf and ppf, as scipy has it. Raises OptionError for a kind not known here."""
 
@@ -176,13 +197,15 @@ def scipy_form(given: distributions.Distribution) -> Any:
         moments = numpy(given.mean), numpy(given.variance.sqrt())
         return Counts(lambda k: special.betainc(total, k + 1.0, rest), *moments)
     if isinstance(given, distributions.StudentT):
-        return stats.t(numpy(given.df), numpy(given.loc), numpy(given.scale))
+        loc, width = numpy(given.loc), numpy(given.scale)
+        return LowerTail(stats.t(numpy(given.df), loc, width), loc - width, loc, ends=False)
     if isinstance(given, distributions.Laplace):
         return stats.laplace(numpy(given.loc), numpy(given.scale))
     if isinstance(given, distributions.Gamma):
         return stats.gamma(numpy(given.concentration), scale=1.0 / numpy(given.rate))
     if isinstance(given, distributions.Beta):
-        return stats.beta(numpy(given.concentration1), numpy(given.concentration0))
+        known = stats.beta(numpy(given.concentration1), numpy(given.concentration0))
+        return LowerTail(known, LEAST, 1.0, ends=True)
     if isinstance(given, distributions.Normal):
         return stats.norm(numpy(given.loc), numpy(given.scale))
     raise OptionError(

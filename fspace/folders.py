@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 from pathlib import Path
 
@@ -47,6 +48,36 @@ def _next_free(folder: Path) -> Path:
     while _taken(folder.with_name(f"{DEFAULT_OUT}-{number}")):
         number += 1
     return folder.with_name(f"{DEFAULT_OUT}-{number}")
+
+
+def unfinished(folder: Path) -> Path:
+    """A new, empty folder beside the other for the files of this run; those of runs that were killed are removed.
+
+    Raises OSError where it cannot be made.
+    """
+    prefix = f".{folder.name}.{platform.node()}."  # whether a run on another machine lives is not known here
+    for other in folder.absolute().parent.iterdir():
+        number = other.name.removeprefix(prefix)
+        if other.name.startswith(prefix) and number.isdecimal() and not _lives(int(number)):
+            shutil.rmtree(other, ignore_errors=True)
+    part = folder.with_name(f"{prefix}{os.getpid()}")
+    part.mkdir()
+    return part
+
+
+def _lives(process: int) -> bool:
+    """Whether there is another process of this number; True where nobody can tell."""
+    if process == os.getpid():
+        return False
+    if os.name != "posix":  # there, signal 0 would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def publish(part: Path, folder: Path, out: str | None, overwrite: bool) -> Path:

@@ -9,7 +9,7 @@ import torch
 from gpytorch.kernels import AdditiveKernel, Kernel, ScaleKernel
 from torch import Tensor
 
-from fspace.errors import NotFittedError, OptionError
+from fspace.errors import NotFittedError, NumericalError, OptionError
 from fspace.gaussians import Gaussian
 from fspace.inference.gp import GPPosterior
 from fspace.inference.numerics import solve_lower
@@ -28,6 +28,7 @@ def relevance(model: Any, X: Any, y: Any = None, method: str = "slope", seed: in
     lengthscales of a plain kernel), "permutation" (what the score on X, y loses when a column is shuffled;
     scikit-learn's), "shapley" (mean absolute Shapley value of the mean, or of the probability of the likeliest class;
     needs the package shap). Raises OptionError for a method that the model or the arguments do not allow.
+    NumericalError where it is NaN.
     Sources: MacKay (1995); Breiman (2001); Lundberg and Lee (2017).
     """
     if method not in METHODS:
@@ -50,6 +51,11 @@ def relevance(model: Any, X: Any, y: Any = None, method: str = "slope", seed: in
         np.add.at(values, sources, _shapley(model, X, seed))
     else:
         np.add.at(values, sources, model.relevance_ if method == "slope" else _ard(model.posterior_))
+    if np.isnan(values).any():  # a mean slope of NaN says nothing, and shares of it less
+        raise NumericalError(
+            f"method={method!r}: the relevance is NaN for this model, as a warning in its fit said if it is by slopes; "
+            "use method='permutation', which needs no gradient of the kernel."
+        )
     total = values.sum()
     shares = values / total if total > 0 else np.full(len(values), 1 / len(values))
     return dict(zip(names, shares.tolist()))

@@ -254,7 +254,8 @@ def _learnt(model: Any, X: Any, targets: Sequence[str]) -> str:
         return ""
     share = input_relevance(encoder, array(values))
     names = encoder.feature_names
-    figures = [_figure("relevance", plots.relevance, names, share)] if len(names) > 1 else []
+    known = np.isfinite(share).all()  # a kernel's slope may be NaN
+    figures = [_figure("relevance", plots.relevance, names, share)] if len(names) > 1 and known else []
     rows = _some_rows(X)
     order = [int(i) for i in np.argsort(-share, kind="stable")[:MOST_INPUTS]]
     size = WIDE if len(targets) == 1 else NARROW

@@ -6,8 +6,11 @@ import contextlib
 import json
 import math
 import os
+import re
+import shlex
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +26,16 @@ from fspace.data import TableEncoder, check_target, load_diabetes_table, read_ta
 from fspace.errors import DataError, ModelFileError, OptionError
 from fspace.estimators import GAUSSIAN, LIKELIHOODS, GPClassifier, GPRegressor
 from fspace.fitting import GPEstimator
-from fspace.folders import DEFAULT_OUT, METRICS, MODEL, PREDICTIONS, REPORT, choose_folder, publish
+from fspace.folders import (
+    DEFAULT_OUT,
+    METRICS,
+    MODEL,
+    PREDICTIONS,
+    REPORT,
+    choose_folder,
+    publish,
+    unfinished,
+)
 from fspace.inference.likelihoods import NAMED
 from fspace.predictive_base import check_seed
 from fspace.progress import progress
@@ -60,7 +72,7 @@ def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
     if run.task not in TASKS:
         raise OptionError(f"task={run.task!r} does not exist; choose one of {', '.join(TASKS)}.")
     if not 0 <= run.test_fraction < 1:
-        raise OptionError(f"test-fraction={run.test_fraction} must be at least 0 and below 1.")
+        raise OptionError(f"--test-fraction {run.test_fraction} must be at least 0 and below 1.")
     seed = check_seed(run.options.get("seed", 0))
     folder = choose_folder(run.out, run.overwrite)
     if run.data is not None and Path(run.data).resolve() in [
@@ -81,15 +93,15 @@ def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
         likelihood = str(run.options.get("likelihood", "auto"))
         if likelihood in LIKELIHOODS and likelihood in NAMED:
             check_support(y.reshape(len(y), -1), NAMED[likelihood](), y.ndim == 1)
+    _note_identifiers(inputs)
     # over all rows, so that a bad cell is named by its row in the file, not by its row in the training part
     TableEncoder(missing=str(run.options.get("missing", "error"))).fit(inputs)
     train, test = _split(len(inputs), run.test_fraction, seed, None if classes is None else y)
     estimator = GPRegressor if classes is None else GPClassifier
     own = {k: v for k, v in run.options.items() if k in estimator().get_params()}
     model = estimator(categories=list(run.categorical) or None, progress=False if quiet else "auto", **own)
-    part = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:  # before the fit, so that nobody waits for results that then have no place
-        part.mkdir()
+        part = unfinished(folder)
     except OSError as error:
         raise OptionError(f"--out {folder}: the folder cannot be made ({error.strerror}).") from error
     try:
@@ -320,6 +332,18 @@ def _load(run: FitRun) -> tuple[pd.DataFrame, pd.DataFrame, str]:
             table[column] = table[column].astype("category")
     inputs, target = split_target(table, list(dict.fromkeys(targets)))
     return inputs, target, source
+
+
+def _note_identifiers(inputs: pd.DataFrame) -> None:
+    """Says so where a column looks like row numbers: a model would learn from them what no new row can have."""
+    for name, column in inputs.items():
+        named = re.fullmatch(r"(?i)unnamed: \d+|index|row|nr|no|key|(.*[ _-])?id", str(name))
+        if named and column.dtype.kind in "iu" and column.is_unique:
+            warnings.warn(
+                f"Column {name!r} looks like an identifier; if it is one, leave it out: "
+                f"--drop {shlex.quote(str(name))}.",
+                stacklevel=2,
+            )
 
 
 def _split(

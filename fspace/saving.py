@@ -30,11 +30,12 @@ from fspace.inference.gp import GPPosterior, Scaling
 from fspace.inference.likelihoods import (
     AnyLikelihood,
     OffsetLikelihood,
+    functions,
     likelihood_from_spec,
     likelihood_to_spec,
 )
 from fspace.inference.noise import NoiseFunction
-from fspace.inference.nongaussian import LikelihoodPosterior
+from fspace.inference.nongaussian import posterior_of
 from fspace.inference.numerics import pick_device
 from fspace.inference.optimise import gaussian_likelihood
 from fspace.kernels.describe import kernel_from_spec, kernel_to_spec
@@ -42,6 +43,7 @@ from fspace.posterior import MixturePosterior
 
 FORMAT = 2
 ESTIMATORS: dict[str, type[GPEstimator]] = {"GPRegressor": GPRegressor, "GPClassifier": GPClassifier}
+JOINED = "data+held out"  # what the first site of a sparse posterior was called at first
 SCALING = ("unit", "power", "shift", "scale", "y_shift", "y_scale")
 
 
@@ -187,27 +189,37 @@ def _read_kernel(
 
 
 def _describe(member: GPPosterior, prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    basis = member.basis
-    tensors |= {f"{prefix}kernel.{k}": v for k, v in basis.kernel.state_dict().items()}
-    tensors |= {f"{prefix}likelihood.{k}": v for k, v in basis.likelihood.state_dict().items()}
-    if basis.noise_function is not None:
-        tensors |= {f"{prefix}noise_function.{k}": v for k, v in basis.noise_function.state_dict().items()}
-    tensors |= {f"{prefix}scaling.{k}": getattr(member.scaling, k) for k in SCALING}
-    tensors[f"{prefix}inducing_inputs"] = basis.inducing_inputs
     for i, site in enumerate(member.sites.values()):
         tensors |= {f"{prefix}site{i}.{k}": getattr(site, k) for k in ("precision", "shift", "log_scale")}
     return {
-        "kernel": kernel_to_spec(basis.kernel),
+        **describe_basis(member.basis, member.scaling, prefix, tensors),
         "vector": member.vector,
-        "outputs": member.num_outputs,
-        "likelihood": likelihood_to_spec(basis.likelihood.inner)
-        if isinstance(basis.likelihood, OffsetLikelihood)
-        else None,
-        "basis_id": basis.id,
         "sites": [
             {"name": name, "count": site.count, "version": site.version}
             for name, site in member.sites.items()
         ],
+    }
+
+
+def describe_basis(
+    basis: Basis, scaling: Scaling, prefix: str, tensors: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """How a basis and the scaling before it are built, as JSON; their numbers go to `tensors`.
+
+    Raises ModelFileError for a kernel or likelihood that cannot be described."""
+    tensors |= {f"{prefix}kernel.{k}": v for k, v in basis.kernel.state_dict().items()}
+    tensors |= {f"{prefix}likelihood.{k}": v for k, v in basis.likelihood.state_dict().items()}
+    if basis.noise_function is not None:
+        tensors |= {f"{prefix}noise_function.{k}": v for k, v in basis.noise_function.state_dict().items()}
+    tensors |= {f"{prefix}scaling.{k}": getattr(scaling, k) for k in SCALING}
+    tensors[f"{prefix}inducing_inputs"] = basis.inducing_inputs
+    return {
+        "kernel": kernel_to_spec(basis.kernel),
+        "outputs": functions(basis.likelihood),
+        "likelihood": likelihood_to_spec(basis.likelihood.inner)
+        if isinstance(basis.likelihood, OffsetLikelihood)
+        else None,
+        "basis_id": basis.id,
     }
 
 
@@ -275,29 +287,42 @@ def load(path: str | Path, device: str = "auto", modules: Mapping[str, torch.nn.
 def _member(
     spec: dict[str, Any], tensors: dict[str, torch.Tensor], modules: Mapping[str, torch.nn.Module] | None
 ) -> GPPosterior:
-    def part(name: str) -> dict[str, torch.Tensor]:
-        return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+    basis, scaling = read_basis(spec, tensors, modules)
+    sites = {}
+    names = [about["name"] for about in spec["sites"]]
+    for i, about in enumerate(spec["sites"]):
+        natural = _part(tensors, f"site{i}")
+        numbers = natural["precision"], natural["shift"], natural["log_scale"]
+        name = about["name"]
+        if name == JOINED and "data" not in names:
+            name = "data"
+        sites[name] = Site(basis.id, *numbers, about["count"], name, version=about["version"])
+    return posterior_of(basis, sites, scaling, spec["vector"])
 
+
+def read_basis(
+    spec: Mapping[str, Any],
+    tensors: dict[str, torch.Tensor],
+    modules: Mapping[str, torch.nn.Module] | None,
+) -> tuple[Basis, Scaling]:
+    """What `describe_basis` described. Raises ModelFileError where a parameter differs."""
     where = tensors["inducing_inputs"].device
-    kernel = _read_kernel(spec["kernel"], part("kernel"), modules, where).requires_grad_(False)
+    kernel = _read_kernel(spec["kernel"], _part(tensors, "kernel"), modules, where).requires_grad_(False)
     likelihood: AnyLikelihood = gaussian_likelihood(spec["outputs"], 0.1, where)
     described = spec.get("likelihood")
     if described is not None:
         likelihood = OffsetLikelihood(likelihood_from_spec(described), torch.zeros(spec["outputs"])).to(where)
-    likelihood.load_state_dict(part("likelihood"))
+    likelihood.load_state_dict(_part(tensors, "likelihood"))
     likelihood.eval().requires_grad_(False)
-    basis = Basis(kernel, tensors["inducing_inputs"], likelihood, _noise_function(part("noise_function")))
+    noise_function = _noise_function(_part(tensors, "noise_function"))
+    basis = Basis(kernel, tensors["inducing_inputs"], likelihood, noise_function)
     if basis.id != spec["basis_id"]:
         raise ModelFileError("A saved parameter differs from what was saved (the basis has another id).")
-    sites = {}
-    for i, about in enumerate(spec["sites"]):
-        natural = part(f"site{i}")
-        numbers = natural["precision"], natural["shift"], natural["log_scale"]
-        sites[about["name"]] = Site(
-            basis.id, *numbers, about["count"], about["name"], version=about["version"]
-        )
-    kind = GPPosterior if described is None else LikelihoodPosterior
-    return kind(basis, sites, Scaling(**part("scaling")), spec["vector"])
+    return basis, Scaling(**_part(tensors, "scaling"))
+
+
+def _part(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
 
 
 def _noise_function(tensors: dict[str, torch.Tensor]) -> NoiseFunction | None:

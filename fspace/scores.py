@@ -113,7 +113,10 @@ def _scores(
 
 
 def shown(key: str, value: float) -> str:
-    """A score as a table shows it."""
+    """A score as a table shows it, with four digits that count: 552,300 rather than 5.523e+05."""
     if not math.isfinite(value):
         return "n/a"
-    return f"{value:.1%}" if key in ("coverage_90", "accuracy") else f"{value:.4g}"
+    if key in ("coverage_90", "accuracy"):
+        return f"{value:.1%}"
+    rounded = float(f"{value:.4g}")
+    return f"{rounded:,.0f}" if 1e3 <= abs(rounded) < 1e12 else f"{value:.4g}"

@@ -10,7 +10,14 @@ from typing import Any
 
 import pandas as pd
 
-from .datasets import CSV_ENDINGS, PARQUET_ENDINGS, _require_whole_last_row, pyarrow, read_table
+from .datasets import (
+    CSV_ENDINGS,
+    PARQUET_ENDINGS,
+    _require_whole_last_row,
+    csv_separator,
+    pyarrow,
+    read_table,
+)
 from .errors import DataError
 
 
@@ -49,7 +56,7 @@ def _parquet(file: Path, rows: int) -> Iterator[pd.DataFrame]:
 
 
 def _csv(file: Path, rows: int, text: Sequence[str]) -> Iterator[pd.DataFrame]:
-    separator: Any = {".tsv": "\t", ".txt": None}.get(file.name.removesuffix(".gz")[-4:].lower(), ",")
+    separator: Any = csv_separator(file)
     engine: Any = "python" if separator is None else "c"
     part, rows_read = None, 0
     try:

@@ -15,6 +15,7 @@ from sklearn.utils.validation import column_or_1d
 from torch import distributions
 
 from fspace.errors import DataError, OptionError
+from fspace.inference.likelihoods import NAMED
 from fspace.tables import unmasked
 
 KINDS = {  # what a distribution asks of y
@@ -58,10 +59,23 @@ def check_support(y: Float[np.ndarray, "n t"], likelihood: Likelihood, vector: b
         row, column = (int(i) for i in np.argwhere(~fine)[0])
         where = f"row {row}" if vector else f"row {row}, column {column}"
         raise DataError(
-            f"y holds {y[row, column]:g} ({where}), but {type(likelihood).__name__} is of "
-            f"{KINDS.get(support, str(support))}; {(~fine).sum()} value(s) are not. Choose another likelihood, or "
-            "mend y."
+            f"y holds {y[row, column]:g} ({where}), but {_named(likelihood)} is of {KINDS.get(support, str(support))}; "
+            f"{(~fine).sum()} value(s) are not. Choose another likelihood, such as {_fitting(y)}, or mend y."
         )
+
+
+def _named(likelihood: Likelihood) -> str:
+    """A likelihood by the name that an estimator knows it by, if it has one."""
+    known = [f"likelihood={name!r}" for name, kind in NAMED.items() if kind is type(likelihood)]
+    return known[0] if known else type(likelihood).__name__
+
+
+def _fitting(y: Float[np.ndarray, "n t"]) -> str:
+    """The option for numbers such as these."""
+    whole = (y >= 0).all() and (y == np.floor(y)).all()
+    shares = (y > 0).all() and (y < 1).all()
+    name = "poisson" if whole else "beta" if shares else "gamma" if (y > 0).all() else "auto"
+    return f"likelihood={name!r}"
 
 
 def check_positions(y: Float[np.ndarray, "n 1"], classes: int) -> None:
@@ -181,6 +195,13 @@ def balanced(
     if not named and not isinstance(class_weight, dict):
         raise OptionError(
             f"class_weight={class_weight!r} must be None, 'balanced', or a dict from class to weight."
+        )
+    rare = [label for k, label in enumerate(classes.tolist()) if not (labels == k).any()]
+    if named and rare:
+        raise OptionError(
+            f"class_weight='balanced' weighs a class by how rare it is, but of the classes {rare[:10]} there is no row "
+            "(with a weight above 0) in this first call. Give it rows of every class, or weights of your own: "
+            "class_weight={class: weight, ...}."
         )
     try:
         of_class = compute_class_weight(class_weight, classes=classes, y=classes[labels])

@@ -103,6 +103,20 @@ def test_rare_classes_count_more_when_asked():
     assert even.predict(X).mean() > 2 * plain.predict(X).mean()
 
 
+def test_balance_asks_for_rows_of_every_class():
+    """A class that is named but absent has no frequency that could be balanced."""
+    X, y = np.arange(12.0).reshape(6, 2), ["a", "b"] * 3
+    model = fspace.GPClassifier(kernel="matern", class_weight="balanced")
+    with pytest.raises(OptionError, match=r"of the classes \['c'\] there is no row.*rows of every class"):
+        model.partial_fit(X, y, classes=["a", "b", "c"])
+    own = fspace.GPClassifier(kernel="matern", class_weight={"a": 1.0, "b": 2.0, "c": 1.0})
+    try:
+        own.partial_fit(X, y, classes=["a", "b", "c"])
+    except OptionError as error:
+        pytest.fail(f"what the message advises is refused: {error}")
+    assert own.predict_proba(X).shape == (6, 3)
+
+
 def test_grid_search_and_pipeline(cancer):
     X, _, y, _ = cancer
     search = GridSearchCV(

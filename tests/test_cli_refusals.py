@@ -1,6 +1,7 @@
 """Commands that would lose something, or wait for a fit that has no place to go, are refused before they start."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import fspace
 from fspace import cli, estimators, runs
 from fspace.data import read_table
+from fspace.scores import shown
 
 FIT = ["fit", "houses.csv", "--target", "price", "--kernel", "matern"]
 
@@ -139,7 +141,7 @@ def test_ctrl_c_in_a_running_command_writes_the_best_state(houses):
     process = subprocess.Popen(
         [sys.executable, "-m", "fspace.cli", *command], cwd=houses.parent, env=environment
     )
-    part = houses.parent / f".m.{process.pid}"
+    part = houses.parent / f".m.{platform.node()}.{process.pid}"
     while not part.exists() and process.poll() is None:  # made right before the fit
         time.sleep(0.01)
     time.sleep(4)  # the first member is under way, or done
@@ -149,6 +151,130 @@ def test_ctrl_c_in_a_running_command_writes_the_best_state(houses):
     assert model.interrupted_ and not part.exists()
     frame = read_table(houses)
     assert len(model.predict(frame[["size", "rooms"]])) == len(frame)
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(run, houses):
+    environment = os.environ | {"PYTHONPATH": str(Path(fspace.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "fspace.cli", *FIT[:-1], "deep", "--members", "50", "--out", "m"]
+    process = subprocess.Popen(command, cwd=houses.parent, env=environment)
+    left = houses.parent / f".m.{platform.node()}.{process.pid}"
+    while not left.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL and left.is_dir()
+    (left / "model.fspace").write_text("half")
+    others = [
+        houses.parent / name
+        for name in (
+            f".m.{platform.node()}.{os.getppid()}",  # it lives
+            f".m.elsewhere.{process.pid}",  # on another machine
+            f".n.{platform.node()}.{process.pid}",  # of another output
+            f".m.{platform.node()}.notes",
+        )
+    ]
+    for other in others:
+        other.mkdir()
+    assert run(*FIT, "--out", "m")[0] == 0
+    assert not left.exists() and all(other.is_dir() for other in others)
+    assert fspace.load(houses.parent / "m" / "model.fspace").predict([[50.0, 2.0]]).shape == (1,)
+
+
+# ---- what a newcomer meets ----------------------------------------------------------------------------
+
+
+def test_semicolons_are_named_and_never_guessed_at(run, houses, no_fit):
+    table = pd.read_csv(houses)
+    table.to_csv("ours.csv", index=False, sep=";", decimal=",")
+    table.to_csv("packed.csv.gz", index=False, sep=";")
+    for name in ("ours.csv", "packed.csv.gz"):
+        refused(run("fit", name, "--target", "price"), "separated by semicolons", "sep=';'", name)
+    table.assign(note="a;b").to_csv("fine.csv", index=False)  # semicolons in cells are no separators
+    assert len(read_table("fine.csv").columns) == 4
+
+
+def test_semicolons_in_a_table_to_predict(run, houses):
+    assert run(*FIT, "--out", "m")[0] == 0
+    pd.read_csv(houses).to_csv("ours.csv", index=False, sep=";")
+    refused(run("predict", "m", "ours.csv", "--out", "p.csv"), "separated by semicolons")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words", "not_words"),
+    [
+        (
+            ["--likelihood", "poisson"],
+            ["--likelihood poisson is of whole", "such as --likelihood gamma"],
+            "Poisson",
+        ),
+        (
+            ["--likelihood", "beta"],
+            ["--likelihood beta is of", "such as --likelihood gamma"],
+            "BetaLikelihood",
+        ),
+        (
+            ["--likelihood", "cauchy"],
+            ["--likelihood cauchy does not", "--task classification"],
+            "GPClassifier",
+        ),
+        (["--likelihood", "gamma", "--inference", "exact"], ["leave --inference auto"], "inference="),
+        (["--kernel", "cubic"], ["--kernel cubic does not exist", "additive."], "gpytorch"),
+        (["--members", "0"], ["--members 0 must"], "members="),
+        (["--inducing", "2.5"], ["--inducing 2.5 must"], "inducing="),
+        (["--seed", "-1"], ["--seed -1 must"], "seed="),
+        (["--device", "tpu"], ["--device tpu is not"], "device="),
+    ],
+)
+def test_advice_is_in_the_words_of_the_terminal(run, houses, arguments, words, not_words):
+    result = run("fit", "houses.csv", "--target", "price", *arguments)
+    refused(result, *words)
+    assert not_words not in result[2]
+
+
+def test_text_columns_are_answered_with_options(run, houses):
+    table = pd.read_csv(houses)
+    table.assign(town=["a", "b"] * 20).to_csv("towns.csv", index=False)
+    result = run("fit", "towns.csv", "--target", "price")
+    refused(result, "'town' holds text", "say so: --categorical town", "--drop town")
+    assert "astype" not in result[2] and "categories=" not in result[2]
+    table.assign(town=["a", "b"] * 20, street=["c", "d"] * 20).to_csv("towns.csv", index=False)
+    refused(run("fit", "towns.csv", "--target", "price"), "--categorical town --categorical street", "--drop")
+    empty = table.astype({"size": float})
+    empty.loc[3, "size"] = np.nan
+    empty.to_csv("empty.csv", index=False)
+    result = run("fit", "empty.csv", "--target", "price")
+    refused(result, "fspace fit --missing impute")
+    assert "missing=" not in result[2]
+
+
+def test_identifiers_are_met_with_drop(run, houses):
+    table = pd.read_csv(houses)
+    table.assign(code=[f"A{i}" for i in range(40)]).to_csv("codes.csv", index=False)
+    refused(run("fit", "codes.csv", "--target", "price"), "as an identifier has", "--drop code")
+    table.assign(house_id=range(100, 140)).to_csv("ids.csv", index=False)
+    fit = ["fit", "ids.csv", "--target", "price", "--kernel", "matern"]
+    status, _, err = run(*fit)
+    assert status == 0 and "'house_id' looks like an identifier" in err and "--drop house_id" in err
+    status, _, err = run(*fit, "--drop", "house_id")
+    assert status == 0 and "identifier" not in err
+    assert "identifier" not in run(*FIT)[2]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (552312.7, "552,300"),
+        (-1234567.0, "-1,235,000"),
+        (9999.96, "10,000"),
+        (1234.5, "1,234"),
+        (999.96, "1,000"),
+        (12.345, "12.35"),
+        (0.00012345, "0.0001234"),
+        (1.5e15, "1.5e+15"),
+        (float("nan"), "n/a"),
+    ],
+)
+def test_large_numbers_are_shown_as_people_write_them(value, text):
+    assert shown("rmse", value) == text
 
 
 # ---- classes -----------------------------------------------------------------------------------------

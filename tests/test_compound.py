@@ -5,9 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import integrate, stats
+from gpytorch.likelihoods import BetaLikelihood, StudentTLikelihood
+from scipy import integrate, special, stats
 from torch import distributions
 
+import fspace
 from fspace.compound import Compound, scipy_form
 from fspace.errors import OptionError
 from fspace.gaussians import Gaussian, Mixture
@@ -165,3 +167,47 @@ def test_one_number_is_the_same_at_all_points_and_none_are_no_samples(kind):
     assert torch.equal(predictive.log_prob(y), predictive.log_prob([y] * 3))
     assert predictive.log_prob(math.nan).isnan().all()
     assert predictive.rsample(0).shape == (0, 3)
+
+
+@pytest.mark.parametrize("p", [1e-40, 1e-200, 1e-300])
+@pytest.mark.parametrize("size", [0.5, 2.0, 50.0, 1e4])
+def test_shares_have_quantiles_far_out(p, size):
+    """Close to 0 the cdf of a share is w^a / (a B(a, b)); scipy's quantiles are NaN there, or far too large."""
+    mean = torch.tensor([-4.0, 0.0, 0.5], dtype=torch.float64)
+    likelihood = BetaLikelihood().double()
+    likelihood.scale = torch.tensor(size)
+    found = Compound(Gaussian(mean, torch.zeros_like(mean)), lambda f: likelihood(f)).quantile(p)
+    size = likelihood.scale.item()  # what rounding left of it
+    a = 1.0 + size * torch.sigmoid(mean).numpy()
+    b = 2.0 + size - a
+    expected = np.exp((np.log(p * a) + special.betaln(a, b)) / a)
+    near = expected < 1e-12  # where that is what is left of the series
+    assert near.any() or size > 100
+    np.testing.assert_allclose(found.numpy()[near], expected[near], rtol=1e-8)
+    assert ((found > 0) & (found < 1)).all()
+
+
+@pytest.mark.parametrize("p", [1e-40, 1e-200, 1e-300])
+def test_heavy_tails_have_quantiles_far_out(p):
+    """Far out the cdf is a power; scipy's quantile is plus infinity where it should be below all else."""
+    likelihood = StudentTLikelihood().double()
+    likelihood.deg_free = torch.tensor(3.0)
+    likelihood.noise = torch.tensor(4.0)
+    mean = torch.tensor([-1.0, 1e6], dtype=torch.float64)
+    found = Compound(Gaussian(mean, torch.zeros_like(mean)), lambda f: likelihood(f)).quantile(p)
+    # P(T < -t) = 2 sqrt(3) / (pi t^3) for three degrees of freedom
+    np.testing.assert_allclose(
+        found.numpy(), -2.0 * np.cbrt(2.0 * np.sqrt(3.0) / np.pi / p) * np.ones(2), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "likelihood", ["beta", "student_t", "laplace", "gamma", "poisson", "negative_binomial"]
+)
+def test_quantiles_of_a_fit_are_ordered_down_to_the_smallest_level(likelihood):
+    X = np.linspace(0, 1, 30)[:, None]
+    y = {"beta": 0.5 + 0.4 * np.sin(6 * X[:, 0])}.get(likelihood, np.round(3 + 2 * np.sin(6 * X[:, 0])) + 1.0)
+    predictive = fspace.GPRegressor(kernel="matern", likelihood=likelihood).fit(X, y).predictive(X)
+    levels = [5e-324, 1e-300, 1e-100, 1e-31, 1e-29, 1e-5, 0.5, 1 - 1e-16]
+    found = predictive.quantile(levels)
+    assert found.isfinite().all() and (found.diff(dim=0) >= 0).all()

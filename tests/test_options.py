@@ -11,8 +11,10 @@ from gpytorch.priors import GammaPrior
 from scipy.stats import norm
 
 import fspace
+from fspace import interpret
 from fspace.errors import DataError, DeviceError, NumericalError, OptionError
 from fspace.kernels import MLP
+from fspace.report import CAPTIONS, report_html
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((20, 2))
@@ -132,3 +134,34 @@ def test_thresholds():
     for thresholds in ([0.1, 0.2], "abc"):
         with pytest.raises(DataError, match="thresholds"):
             model.predict_cdf(X, thresholds)
+
+
+class Distance(kernels.Kernel):
+    """exp(-|x - x'|), whose slope is NaN where x is x': the slope of the root there is infinite, times zero."""
+
+    is_stationary = True
+
+    def forward(self, x1, x2, diag=False, **params):
+        squares = (x1[..., :, None, :] - x2[..., None, :, :]).square().sum(-1)
+        k = torch.exp(-squares.sqrt())
+        return k.diagonal(dim1=-2, dim2=-1) if diag else k
+
+
+def test_a_slope_that_is_nan_is_told_and_kept(tmp_path):
+    with pytest.warns(
+        UserWarning, match="slope in its inputs is not finite .encoded columns .0, 1.*permutation"
+    ):
+        model = fit(kernel=Distance())
+    assert np.isfinite(model.predict(X)).all() and np.isnan(model.relevance_).all()
+    with pytest.raises(NumericalError, match="permutation"):
+        interpret.relevance(model, X)
+    shares = interpret.relevance(model, X, Y, "permutation")
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert CAPTIONS["relevance"] not in report_html(model, X, Y)  # no figure of what is not known
+    assert CAPTIONS["relevance"] in report_html(fit(), X, Y)
+
+
+def test_slopes_whose_squares_overflow_have_shares():
+    model = fspace.GPRegressor(kernel="matern").fit(X, 1e149 * X[:, 0])
+    with np.errstate(all="raise"):
+        assert model.relevance_.sum() == pytest.approx(1.0) and model.relevance_[0] > 0.9

@@ -110,12 +110,13 @@ class Basis:
 class Site:
     """Natural parameters of one batch's factor, and what it adds to the log evidence.
 
-    Shapes: precision [t, m, m] (positive semi-definite), shift [t, m], log_scale [t] (nats), all relative to the
-    whitened prior N(0, I). (site_id, incarnation, version) name one state of one contributor.
+    Shapes: precision [t, m, m] (positive semi-definite; [t, m] where it is diagonal, over weights), shift [t, m],
+    log_scale [t] (nats), all relative to the whitened prior N(0, I). (site_id, incarnation, version) name one state of
+    one contributor.
     """
 
     basis_id: str
-    precision: Float[Tensor, "t m m"]
+    precision: Float[Tensor, "t m m"] | Float[Tensor, "t m"]
     shift: Float[Tensor, "t m"]
     log_scale: Float[Tensor, " t"]
     count: int

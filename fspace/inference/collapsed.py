@@ -9,8 +9,9 @@ Source: Titsias (2009), eq. 9; statistics as in Gal et al. (2014).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from gpytorch.kernels import Kernel
@@ -84,16 +85,21 @@ def gather(
 
 
 def bound_from(
-    stats: Statistics, kuu: Float[Tensor, "m m"], noise: Float[Tensor, " t"], scale: float = 1.0
+    stats: Statistics,
+    kuu: Float[Tensor, "m m"],
+    noise: Float[Tensor, " t"],
+    scale: float = 1.0,
+    factorise: Callable[..., tuple[Tensor, Any]] = cholesky,
 ) -> Float[Tensor, ""]:
     """The collapsed bound (nats), summed over outputs; `scale` multiplies the statistics (minibatches: N / batch).
 
-    Shapes: kuu [m, m], noise [t] variances. Raises NumericalError when K_uu cannot be factorised.
+    Shapes: kuu [m, m], noise [t] variances. Raises NumericalError when K_uu cannot be factorised. factorise: how
+    (training loops: `cholesky_unseen`).
     """
-    factor, _ = cholesky(kuu, "kernel matrix of the inducing inputs", FIRST_JITTER)
+    factor, _ = factorise(kuu, "kernel matrix of the inducing inputs", FIRST_JITTER)
     a = scale * solve_lower(factor, solve_lower(factor, stats.outer).mT)
     identity = torch.eye(a.shape[0], dtype=a.dtype, device=a.device)
-    inner, _ = cholesky(identity + a / noise[:, None, None], "I + A / noise")
+    inner, _ = factorise(identity + a / noise[:, None, None], "I + A / noise")
     c = solve_lower(inner, scale * solve_lower(factor, stats.cross).T[..., None])[..., 0] / noise[:, None]
     n = scale * stats.count
     value = (

@@ -129,7 +129,8 @@ def finish_sparse(
             likelihood.noise = level
     basis = replace(basis)
     sites = [site_from(basis, whitened), fit_site(basis, x_held, y_held, site_id="held out")]
-    return Finished(basis, sites[0] + sites[1], log_evidence(sites), densities)
+    whole = replace(sites[0] + sites[1], site_id=sites[0].site_id)  # to whoever fits them they are one
+    return Finished(basis, whole, log_evidence(sites), densities)
 
 
 def finish_sites(
@@ -230,11 +231,11 @@ def refit_noise(basis: Basis, whitened: Statistics) -> Statistics:
         cross = s.sqrt() * whitened.cross
         return replace(whitened, outer=s * whitened.outer, cross=cross, trace=(s * whitened.trace)[0])
 
-    def loss() -> float:
+    def loss() -> Tensor:
         bound = bound_from(scaled(), identity, likelihood.noise[..., 0])
         value = -bound / (whitened.count * whitened.squares.numel())
         value.backward()
-        return value.item()
+        return value.detach()
 
     lbfgs(loss, [*noise, *([log_scale] if variances else [])], 25, lambda value: None)
     for p in noise:

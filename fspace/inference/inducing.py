@@ -11,9 +11,10 @@ from gpytorch.kernels import Kernel
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fspace.inference.numerics import host_may_look
 from fspace.kernels.evaluate import covariance, diagonal
 
-SMALL = 2048
+LOOKS = 64  # rows taken between two looks at whether they are enough, where a look makes the host wait
 
 
 @torch.no_grad()
@@ -22,25 +23,23 @@ def greedy_variance(
 ) -> Int[Tensor, " m"]:
     """Rows of z to induce on, in the order taken; at most `most`, fewer once tr(K - Q) <= tolerance tr(K).
 
-    Shapes: z [n, p] embedded inputs -> indices [m]. Memory O(n m). Duplicated rows are taken once.
+    Shapes: z [n, p] embedded inputs -> indices [m]. Memory O(n m). Duplicated rows are taken once. On a GPU the host
+    waits once in LOOKS rows.
     """
     left = diagonal(kernel, z).clone()
     whole = left.sum()
     rows = torch.empty(min(most, z.shape[0]), z.shape[0], dtype=z.dtype, device=z.device)
-    taken: list[int] = []
-    # of few rows the whole matrix is quicker than one row of it at a time
-    matrix = covariance(kernel, z) if len(z) <= min(8 * most, SMALL) else None
-    while len(taken) < rows.shape[0]:
-        j = int(left.argmax())
-        best = left[j]
-        if best <= 1e-12 * whole / z.shape[0] or (taken and left.sum() <= tolerance * whole):
+    taken = torch.zeros(len(rows), dtype=torch.long, device=z.device)
+    enough = torch.zeros(len(rows), dtype=torch.bool, device=z.device)  # before this one was taken
+    for m in range(len(rows)):
+        best, j = left.max(dim=0, keepdim=True)
+        enough[m] = (best[0] <= 1e-12 * whole / z.shape[0]) | ((left.sum() <= tolerance * whole) & (m > 0))
+        if (host_may_look(z.device) or m % LOOKS == LOOKS - 1) and enough[: m + 1].any():
             break
-        m = len(taken)
-        row = covariance(kernel, z[j : j + 1], z)[0] if matrix is None else matrix[j]
+        row = covariance(kernel, z.index_select(0, j), z)[0]
         if m:
-            row = row - rows[:m, j] @ rows[:m]
+            row = row - rows[:m].index_select(1, j)[:, 0] @ rows[:m]
         rows[m] = row / best.sqrt()
-        left = (left - rows[m].square()).clamp(min=0.0)
-        left[j] = 0.0
-        taken.append(j)
-    return torch.tensor(taken, device=z.device)
+        left = (left - rows[m].square()).clamp(min=0.0).index_fill(0, j, 0.0)
+        taken[m : m + 1] = j
+    return taken[: int((enough.cumsum(0) == 0).sum())]

@@ -116,7 +116,7 @@ class OffsetLikelihood(nn.Module):
             self.inner, BernoulliLikelihood
         ):  # its own is minus infinity where the normal cdf rounds to 0
             return torch.special.log_ndtr(f * (2.0 * y.mT - 1.0))
-        return self.inner(f).log_prob(y.mT)
+        return _log_prob(self.inner, y.mT, f)
 
     def row_log_density(self, y: Float[Tensor, "n t"], f: Float[Tensor, "n u"]) -> Float[Tensor, "n 1"]:
         """log p(y | f) of every row, outputs summed; offset included here. Of several classes too."""
@@ -124,6 +124,24 @@ class OffsetLikelihood(nn.Module):
             logs = torch.log_softmax(f + self.offset, dim=-1)
             return logs.gather(-1, y.long())
         return self.log_density(y, f.mT).sum(0)[:, None]
+
+
+def _log_prob(
+    inner: Likelihood, y: Float[Tensor, "t n"], f: Float[Tensor, "*s t n"]
+) -> Float[Tensor, "*s t n"]:
+    """log p(y | f). gpytorch's own distributions check their parameters at every call, for which the host waits."""
+    if type(inner) is StudentTLikelihood:
+        freedom, scale = inner.deg_free, inner.noise.sqrt()
+        constant = torch.lgamma(0.5 * (freedom + 1.0)) - torch.lgamma(0.5 * freedom)
+        constant = constant - 0.5 * (math.pi * freedom).log() - scale.log()
+        return constant - 0.5 * (freedom + 1.0) * torch.log1p(((y - f) / scale).square() / freedom)
+    if type(inner) is LaplaceLikelihood:
+        width = inner.noise.sqrt()
+        return -(2.0 * width).log() - (y - f).abs() / width
+    if type(inner) is BetaLikelihood:
+        first = torch.sigmoid(f) * inner.scale
+        return distributions.Beta(first + 1.0, inner.scale - first + 1.0, validate_args=False).log_prob(y)
+    return inner(f).log_prob(y)
 
 
 AnyLikelihood: TypeAlias = GaussianLikelihood | OffsetLikelihood
@@ -310,7 +328,7 @@ def predictive_log_density(
 def _class_log_probs(
     likelihood: OffsetLikelihood, mean: Float[Tensor, "c n"], variance: Float[Tensor, "c n"]
 ) -> Float[Tensor, "s c n"]:
-    points = normal_points(POINTS, len(mean)).to(mean.device)
+    points = _points_on(mean.device, len(mean))
     f = mean + likelihood.offset[:, None] + variance.sqrt() * points[:, :, None]
     return torch.log_softmax(f, dim=1)
 
@@ -322,6 +340,11 @@ def normal_points(count: int, dimensions: int) -> Float[Tensor, "s d"]:
         count, dtype=torch.float64
     )
     return torch.special.ndtri(uniform.clamp(1e-10, 1.0 - 1e-10))
+
+
+@lru_cache(maxsize=32)
+def _points_on(device: torch.device, dimensions: int) -> Float[Tensor, "s d"]:
+    return normal_points(POINTS, dimensions).to(device)
 
 
 @lru_cache(maxsize=8)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fspace.inference.numerics import cholesky, solve_lower
+from fspace.inference.numerics import cholesky_unseen, solve_lower
 
 
 class MovedMoments(torch.autograd.Function):
@@ -28,7 +28,7 @@ class MovedMoments(torch.autograd.Function):
         half = precision @ across  # Lambda A
         precision, new_shift = across.mT @ half, shift @ across
         eye = torch.eye(len(v), dtype=v.dtype, device=v.device)
-        factor = cholesky(eye + precision, "I + site precision")[0]
+        factor = cholesky_unseen(eye + precision, "I + site precision")[0]
         inverse = solve_lower(factor, eye.expand_as(factor))
         w = solve_lower(factor, v.expand(len(factor), *v.shape))
         centre = (inverse.mT @ (inverse @ new_shift[..., None]))[..., 0]  # P^-1 c

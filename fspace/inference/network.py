@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from gpytorch.kernels import Kernel
@@ -22,16 +24,17 @@ from fspace.inference.basis import FIRST_JITTER
 from fspace.inference.collapsed import Statistics, bound_from
 from fspace.inference.inducing import greedy_variance
 from fspace.inference.likelihoods import OffsetLikelihood, functions
-from fspace.inference.numerics import cholesky, seeded, solve_lower
+from fspace.inference.numerics import cholesky, cholesky_unseen, seeded, solve_lower
 from fspace.inference.optimise import Record, lengthscale_penalty
 from fspace.inference.site_training import fit_sites
-from fspace.inference.source import Inputs
+from fspace.inference.source import Inputs, placed
 from fspace.kernels.deep import DeepKernel
 from fspace.kernels.evaluate import covariance, diagonal
 
 INDUCING = 128  # of the training batches
 BATCH = 2048
 JUDGED = 4096  # rows behind held-out scores: the same at every look, or chance would stop the training
+RENEWED = 50  # steps for which inducing rows are kept
 CHECKS = 20  # looks at the held-out rows a phase
 SITE_STEPS, SITE_BATCH = 300, 1024  # minibatches of a likelihood that is not Gaussian
 PATIENCE = 6  # looks without a better one before a phase ends
@@ -158,6 +161,7 @@ def _pretrain(  # type: ignore[no-untyped-def]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=steps)
     best = _Best(kernel.extractor, head)
     target = y.to(dtype)
+    between = steps // CHECKS
 
     def errors(part: Tensor) -> Float[Tensor, " t"]:
         blocks = [loss_of(head(kernel.raw_features(x[b])), target[b]) for b in part.split(JUDGED)]
@@ -165,14 +169,17 @@ def _pretrain(  # type: ignore[no-untyped-def]
 
     try:
         for step in range(steps):
-            pick = rows[torch.randint(len(rows), (batch,), generator=generator).to(rows.device)]
+            if step % between == 0:
+                picks = _picks(rows, min(between, steps - step), batch, generator)
+                places = placed(x, picks)
+            pick, place = picks[step % between], places[step % between]
             optimiser.zero_grad()
-            losses = loss_of(head(kernel.raw_features(x[pick])), target[pick])
+            losses = loss_of(head(kernel.raw_features(x[place])), target[pick])
             loss = losses.mean() if weight is None else (losses.mT * weight[pick]).mean()
             loss.backward()
             optimiser.step()
             schedule.step()
-            if (step + 1) % (steps // CHECKS) == 0:
+            if (step + 1) % between == 0:
                 kernel.extractor.eval()
                 with torch.no_grad():
                     score = -errors(held_out).mean().item()
@@ -190,6 +197,11 @@ def _pretrain(  # type: ignore[no-untyped-def]
         return errors(held_out)
 
 
+def _picks(rows: Int[Tensor, " r"], steps: int, batch: int, generator: torch.Generator) -> Int[Tensor, "s b"]:
+    """Random rows for so many steps, which are copied to the device at once."""
+    return rows[torch.randint(len(rows), (steps, batch), generator=generator).to(rows.device)]
+
+
 def _tune(kernel, likelihood, x, y, rows, held_out, record, stage, generator, steps=200) -> None:  # type: ignore[no-untyped-def]
     """Network, kernel and noise by Adam on the batch bound; inducing rows are chosen anew as the features move."""
     network = [p for p in kernel.extractor.parameters() if p.requires_grad]
@@ -204,25 +216,29 @@ def _tune(kernel, likelihood, x, y, rows, held_out, record, stage, generator, st
     optimiser = torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, eta_min=1e-5)
     best = _Best(kernel, likelihood)
-    chosen = rows[:INDUCING]
+    chosen, between = rows[:INDUCING], steps // CHECKS
     judged = rows[torch.randperm(len(rows), generator=generator)[:JUDGED].to(rows.device)]
     try:
         for step in range(steps):
-            if step % 50 == 0:
+            if step % RENEWED == 0:
                 pool = rows[torch.randperm(len(rows), generator=generator)[:2048].to(rows.device)]
                 with torch.no_grad():
                     chosen = pool[greedy_variance(kernel.on_embedding, kernel.embed(x[pool]), INDUCING)]
-            pick = rows
-            if len(rows) > BATCH:
-                pick = rows[torch.randint(len(rows), (BATCH,), generator=generator).to(rows.device)]
+                some = min(RENEWED, steps - step)
+                picks = _picks(rows, some, BATCH, generator) if len(rows) > BATCH else rows.expand(some, -1)
+                places, inducing = placed(x, picks), placed(x, chosen)
+            pick = picks[step % RENEWED]
+            z = kernel.embed(
+                torch.cat([x[places[step % RENEWED]], x[inducing]])
+            )  # both see the same statistics
             optimiser.zero_grad()
-            bound = _batch_bound(kernel, likelihood, x, y, pick, chosen, len(rows))
+            bound = _batch_bound(kernel, likelihood, z[: len(pick)], z[len(pick) :], y[pick], len(rows))
             loss = -bound / (len(rows) * y.shape[1])
             loss.backward()
             nn.utils.clip_grad_norm_(network, 10.0)
             optimiser.step()
             schedule.step()
-            if (step + 1) % (steps // CHECKS) == 0:
+            if (step + 1) % between == 0:
                 score = _held_out_score(kernel, likelihood, x, y, judged, chosen, held_out, len(rows))
                 enough = best.look(score)
                 record(stage=stage, loss=loss.item(), held_out=score, done=step + 1, total=steps)
@@ -239,19 +255,24 @@ def _tune(kernel, likelihood, x, y, rows, held_out, record, stage, generator, st
         )
 
 
-def _batch_bound(kernel, likelihood, x, y, pick, chosen, total) -> Tensor:  # type: ignore[no-untyped-def]
-    z = kernel.embed(torch.cat([x[pick], x[chosen]]))  # one pass, so both see the same feature statistics
+def _batch_bound(kernel, likelihood, z, inducing, y, total) -> Tensor:  # type: ignore[no-untyped-def]
     inner, noise = kernel.on_embedding, likelihood.noise[..., 0]
-    _, stats = _whitened(inner, z[len(pick) :], z[: len(pick)], y[pick])
+    _, stats = _whitened(inner, inducing, z, y, cholesky_unseen)
     identity = torch.eye(len(stats.outer), dtype=noise.dtype, device=noise.device)
-    bound = bound_from(stats, identity, noise, total / len(pick))
-    return bound - lengthscale_penalty(inner).to(bound.device)
+    bound = bound_from(stats, identity, noise, total / len(y), cholesky_unseen)
+    return bound - lengthscale_penalty(inner)
 
 
-def _whitened(inner: Kernel, inducing: Tensor, z: Tensor, y: Tensor) -> tuple[Tensor, Statistics]:
+def _whitened(
+    inner: Kernel,
+    inducing: Tensor,
+    z: Tensor,
+    y: Tensor,
+    factorise: Callable[..., tuple[Tensor, Any]] = cholesky,
+) -> tuple[Tensor, Statistics]:
     """Factor of the inducing inputs' kernel matrix, and whitened statistics: their outer product is positive
     semi-definite by construction, however alike the features of the inducing rows have become."""
-    factor, _ = cholesky(covariance(inner, inducing), "kernel matrix of the inducing inputs", FIRST_JITTER)
+    factor, _ = factorise(covariance(inner, inducing), "kernel matrix of the inducing inputs", FIRST_JITTER)
     v = solve_lower(factor, covariance(inner, inducing, z))
     return factor, Statistics(v @ v.mT, v @ y, y.square().sum(0), diagonal(inner, z).sum(), y.shape[0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor, distributions
 
 from fspace.compound import Compound
 from fspace.gaussians import Gaussian
-from fspace.inference.basis import Site
-from fspace.inference.gp import GPPosterior
+from fspace.inference.basis import Basis, Site
+from fspace.inference.gp import GPPosterior, Scaling
 from fspace.inference.likelihoods import REAL, OffsetLikelihood, normal_points
 from fspace.inference.sites import converge, empty_site
 from fspace.predictive import Categorical
@@ -90,3 +91,11 @@ class LikelihoodPosterior(GPPosterior):
             return torch.softmax(f, dim=-1)
         second = torch.special.ndtr(f)
         return torch.stack([1.0 - second, second], dim=-1)
+
+
+def posterior_of(
+    basis: Basis, sites: Site | Mapping[str, Site], scaling: Scaling, vector: bool = True
+) -> GPPosterior:
+    """The posterior of a basis and its sites, whatever its likelihood."""
+    kind = LikelihoodPosterior if isinstance(basis.likelihood, OffsetLikelihood) else GPPosterior
+    return kind(basis, sites, scaling, vector)

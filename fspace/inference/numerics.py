@@ -21,6 +21,11 @@ MIN_JITTER = 1e-10
 MAX_JITTER = 1e-4
 
 
+def host_may_look(device: torch.device) -> bool:
+    """Whether a number can be asked for in passing. On a GPU the host would wait until all steps before it are done."""
+    return device.type == "cpu"
+
+
 def cholesky(
     matrix: Float[Tensor, "*batch n n"], what: str, first_jitter: float = 0.0
 ) -> tuple[Float[Tensor, "*batch n n"], float]:
@@ -29,19 +34,17 @@ def cholesky(
     Shapes: [..., n, n] -> [..., n, n]. Raises NumericalError, naming `what`, with size, smallest eigenvalue and
     condition number, when no jitter up to 1e-4 of the mean diagonal is enough.
     """
-    if not torch.isfinite(matrix).all():
-        raise NumericalError(
-            f"{what} ({_size(matrix)}) holds NaN or infinite values. A kernel parameter or an input has "
-            "overflowed: scale the inputs, or lower the learning rate."
-        )
-    level = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].detach()
-    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    jitter = first_jitter
-    while jitter <= MAX_JITTER * 1.001:
-        factor, info = torch.linalg.cholesky_ex(matrix + jitter * level * identity if jitter else matrix)
-        if not info.any():
+    unit = _unit(matrix)
+    finite = torch.isfinite(matrix).all()
+    for jitter in _jitters(first_jitter):
+        factor, info = torch.linalg.cholesky_ex(matrix + jitter * unit if jitter else matrix)
+        if finite & ~info.any():  # one look at the device for both
             return factor, jitter
-        jitter = max(MIN_JITTER, jitter * 10.0)
+        if not finite:
+            raise NumericalError(
+                f"{what} ({_size(matrix)}) holds NaN or infinite values. A kernel parameter or an input has "
+                "overflowed: scale the inputs, or lower the learning rate."
+            )
     eigenvalues = torch.linalg.eigvalsh(matrix.detach())
     low, high = eigenvalues[..., 0].min().item(), eigenvalues[..., -1].max().item()
     raise NumericalError(
@@ -49,6 +52,42 @@ def cholesky(
         f"smallest eigenvalue {low:.3g}, largest {high:.3g}. Is the kernel a valid covariance? Remove "
         "duplicated rows, raise the noise, or use fewer inducing inputs."
     )
+
+
+def cholesky_unseen(
+    matrix: Float[Tensor, "*batch n n"], what: str, first_jitter: float = 0.0
+) -> tuple[Float[Tensor, "*batch n n"], float | Tensor]:
+    """`cholesky` for the steps of a training loop: on a GPU the host does not wait to hear how it went.
+
+    There all jitters are tried at once and the device takes the first that is enough. Where none is, or the matrix is
+    not finite, the factor is NaN and so is the loss, at which the loop looks once in many steps. For small matrices.
+    """
+    if host_may_look(matrix.device):
+        return cholesky(matrix, what, first_jitter)
+    unit = _unit(matrix)
+    with torch.no_grad():
+        jitters = _jitters(first_jitter)
+        tried = torch.stack([matrix + jitter * unit for jitter in jitters])
+        worked = (torch.linalg.cholesky_ex(tried).info == 0).reshape(len(jitters), -1).all(1)
+        worked &= torch.isfinite(matrix).all()
+        jitter = torch.full_like(unit.sum(), torch.nan)
+        for enough, value in zip(reversed(worked.unbind()), reversed(jitters)):
+            jitter = torch.where(enough, value, jitter)
+    return torch.linalg.cholesky_ex(matrix + jitter * unit).L, jitter
+
+
+def _unit(matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
+    """What jitter is a multiple of: the mean of the diagonal on the diagonal."""
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].detach() * identity
+
+
+def _jitters(first: float) -> list[float]:
+    """Those that are tried, in order."""
+    found = [first]
+    while (following := max(MIN_JITTER, found[-1] * 10.0)) <= MAX_JITTER * 1.001:
+        found.append(following)
+    return found
 
 
 def _size(matrix: Tensor) -> str:

@@ -34,17 +34,19 @@ def gaussian_likelihood(outputs: int, noise: float, device: torch.device) -> Gau
 
 
 def lbfgs(
-    loss: Callable[[], float], parameters: Sequence[Tensor], steps: int, record: Callable[[float], None]
+    loss: Callable[[], Tensor], parameters: Sequence[Tensor], steps: int, record: Callable[[float], None]
 ) -> bool:
     """Minimise a deterministic loss in place; the best parameters stay. Returns False after Ctrl-C.
 
-    loss: returns its value and adds its gradients to `.grad` of the parameters, which is empty before. A point at
-    which the factorisation fails counts as infinitely bad, so the line search turns back.
+    loss: returns its value, a tensor on the device of the parameters, and adds its gradients to `.grad` of these, which
+    is empty before. A point at which the factorisation fails counts as infinitely bad, so the line search turns back.
+    The search is scipy's: every evaluation moves the parameters to the device, and value and gradient back, each at
+    once.
     """
     best = (math.inf, [p.detach().clone() for p in parameters])
 
     def assign(vector: np.ndarray) -> None:
-        values = torch.from_numpy(vector)
+        values = torch.from_numpy(vector).to(parameters[0].device)
         for p in parameters:
             head, values = values[: p.numel()], values[p.numel() :]
             with torch.no_grad():
@@ -56,18 +58,20 @@ def lbfgs(
         for p in parameters:
             p.grad = None
         try:
-            number = loss()
+            value = loss().reshape(1).double()
         except NumericalError:
             return 1e12, np.zeros_like(vector)
-        gradient = torch.cat(
-            [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters]
-        )
-        if not (math.isfinite(number) and bool(torch.isfinite(gradient).all())):
+        slopes = [
+            (torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1).double() for p in parameters
+        ]
+        found = torch.cat([value, *slopes]).cpu().numpy()
+        number, gradient = float(found[0]), found[1:]
+        if not np.isfinite(found).all():
             return 1e12, np.zeros_like(vector)
         if number < best[0]:
             best = (number, [p.detach().clone() for p in parameters])
         record(number)
-        return number, gradient.double().cpu().numpy()
+        return number, gradient
 
     start = torch.cat([p.detach().reshape(-1) for p in parameters]).double().cpu().numpy()
     try:
@@ -85,13 +89,13 @@ def lbfgs(
 
 def lengthscale_penalty(kernel: Kernel) -> Tensor:
     """Weak log-normal pull on every lengthscale: an input that does nothing would otherwise drift without end."""
-    total = torch.zeros((), dtype=torch.float64)
+    terms = []
     for part in kernel.modules():
         lengthscale = getattr(part, "lengthscale", None) if isinstance(part, Kernel) else None
         if lengthscale is not None:
             centre = 0.5 * math.log(lengthscale.shape[-1])
-            total = total + 0.125 * (lengthscale.log() - centre).square().sum().to(total)
-    return total
+            terms.append(0.125 * (lengthscale.log() - centre).square().sum().double())
+    return torch.stack(terms).sum() if terms else torch.zeros((), dtype=torch.float64)
 
 
 def _variance_penalty(k: Float[Tensor, "n n"]) -> Tensor:
@@ -118,13 +122,13 @@ def fit_exact(
     if not parameters:
         return True
 
-    def loss() -> float:
+    def loss() -> Tensor:
         k = covariance(inner, z)
         evidence = log_marginal_likelihood(k, y, likelihood.noise[..., 0])
-        penalty = lengthscale_penalty(inner).to(evidence.device) + _variance_penalty(k)
+        penalty = lengthscale_penalty(inner) + _variance_penalty(k)
         value = (penalty - evidence) / y.numel()
         value.backward()
-        return value.item()
+        return value.detach()
 
     done = lbfgs(loss, parameters, steps, lambda value: record(stage=stage, loss=value))
     if not done:

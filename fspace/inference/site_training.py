@@ -21,7 +21,7 @@ from fspace.inference.likelihoods import (
     functions,
     predictive_log_density,
 )
-from fspace.inference.numerics import cholesky, solve_lower
+from fspace.inference.numerics import cholesky_unseen, solve_lower
 from fspace.inference.sites import Rows, backward_bound, blend, elbo, marginals, moved
 from fspace.inference.source import Inputs
 from fspace.kernels.deep import DeepKernel, embed, embedded_kernel
@@ -83,18 +83,19 @@ def fit_sites(
     try:
         for epoch in range(epochs):
             losses = []
-            for k, index in enumerate(torch.randperm(n, generator=generator).tensor_split(per_epoch)):
+            for k, batch_rows in enumerate(_batches(n, per_epoch, generator, device)):
                 step = epoch * per_epoch + k
                 if running is None or step in (5, 25) or step % 100 == 0:
-                    pool = _read(x, torch.randperm(n, generator=generator)[: max(POOL, inducing)], device)
+                    some = torch.randperm(n, generator=generator)[: max(POOL, inducing)].sort().values
+                    pool = _read(x, (some, some.to(device)), device)
                     if running is None:
                         running = _Running(kernel, likelihood, n, mass, pool, inducing)
                     else:
                         running.choose(pool, inducing)
                     chosen_at = len(means)
                 optimiser.zero_grad()
-                rows = _read(x, index, device), _read(y, index, device).to(torch.float64)
-                counts = None if weight is None else _read(weight, index, device).to(torch.float64)
+                rows = _read(x, batch_rows, device), _read(y, batch_rows, device).to(torch.float64)
+                counts = None if weight is None else _read(weight, batch_rows, device).to(torch.float64)
                 loss = running.step(*rows, counts, max(1.0 / (step + 1), floor))
                 if step < warm:  # under an empty site the bound pulls the kernel towards nothing
                     continue
@@ -103,6 +104,12 @@ def fit_sites(
                     torch.nn.utils.clip_grad_norm_(group["params"], 10.0)
                 optimiser.step()
                 schedule.step()
+            loss_now = torch.stack(losses).mean().item() if losses else 0.0
+            if not math.isfinite(loss_now):
+                raise NumericalError(
+                    f"The loss became {loss_now} in epoch {epoch + 1}: a covariance of the inducing inputs could not "
+                    "be factorised, or a parameter has overflowed. Scale the inputs, or use another kernel."
+                )
             score = 0.0 if held_out is None or running is None else running.score(*held_out)
             if held_out is None or score > best or kept is None:
                 kept, best, best_epoch = (
@@ -111,7 +118,7 @@ def fit_sites(
                     epoch,
                 )
             if losses:
-                means.append(sum(losses) / len(losses))
+                means.append(loss_now)
                 entry = {} if held_out is None else {"held_out": score, "done": epoch + 1, "total": epochs}
                 record(stage=stage, loss=means[-1], **entry)
             if held_out is not None and epoch - best_epoch >= PATIENCE:
@@ -143,16 +150,28 @@ def _optimiser(kernel: Kernel, likelihood: AnyLikelihood, rate: float) -> torch.
     groups = [{"params": [p for p in others if p.requires_grad], "lr": rate, "weight_decay": 0.0}]
     if network:
         groups.append({"params": [p for p in network if p.requires_grad], "lr": 3e-3, "weight_decay": 1e-2})
-    return torch.optim.AdamW([group for group in groups if group["params"]])
+    # fused: the count of steps is kept on the device
+    return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
 
 
-def _read(rows: Inputs | np.ndarray, index: Tensor, device: torch.device) -> Tensor:
-    """These rows, in increasing order (a memory-mapped file is then read forwards), on the device."""
-    index = index.sort().values
-    picked = (
-        torch.from_numpy(rows[index.numpy()]) if isinstance(rows, np.ndarray) else rows[index.to(rows.device)]
+def _batches(
+    n: int, count: int, generator: torch.Generator, device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """All rows in random batches: the numbers of each, on the host and on the device, copied there at once.
+
+    They increase within a batch: a memory-mapped file is then read forwards.
+    """
+    parts = [part.sort().values for part in torch.randperm(n, generator=generator).tensor_split(count)]
+    return list(zip(parts, torch.cat(parts).to(device).tensor_split(count)))
+
+
+def _read(rows: Inputs | np.ndarray, index: tuple[Tensor, Tensor], device: torch.device) -> Tensor:
+    """These rows on the device, copied there from the host if they are not there; index as `_batches` has it."""
+    if isinstance(rows, Tensor) and rows.device == device:
+        return rows[index[1]]
+    return torch.as_tensor(
+        rows[index[0].numpy() if isinstance(rows, np.ndarray) else index[0]], device=device
     )
-    return picked.to(device)
 
 
 class _Running:
@@ -181,7 +200,7 @@ class _Running:
 
     def _factor(self, z: Float[Tensor, "m p"]) -> Float[Tensor, "m m"]:
         k = covariance(embedded_kernel(self.kernel), z)
-        return cholesky(k, "kernel matrix of the inducing inputs", FIRST_JITTER)[0]
+        return cholesky_unseen(k, "kernel matrix of the inducing inputs", FIRST_JITTER)[0]
 
     @torch.no_grad()
     def choose(self, pool: Tensor, most: int) -> None:
@@ -193,7 +212,7 @@ class _Running:
         self.site = moved(self.site, solve_lower(self.factor, solve_lower(factor, cross).mT))
         self.rows, self.factor = pool[chosen], factor
 
-    def step(self, x: Tensor, y: Float[Tensor, "n t"], weight: Tensor | None, rate: float) -> float:
+    def step(self, x: Tensor, y: Float[Tensor, "n t"], weight: Tensor | None, rate: float) -> Tensor:
         """Gradients of the loss (nats a value) on one batch, added to `.grad`; then the batch's natural step.
 
         The gradient comes first: with a site that has seen the batch it would not be that of all rows on average.
@@ -215,14 +234,15 @@ class _Running:
         v = solve_lower(factor, covariance(inner, inducing, rows))
         return Rows(v, diagonal(inner, rows), y, weight), factor
 
-    def _stepped(self, site: Site, batch: Site, rows: Rows, rate: float, before: float) -> Site:
-        """A natural step; where the likelihood is not Gaussian, halved until the batch's bound is not lower."""
+    def _stepped(self, site: Site, batch: Site, rows: Rows, rate: float, before: Tensor) -> Site:
+        """A natural step; where the likelihood is not Gaussian, halved until the batch's bound is not lower, which
+        the host asks the device for once a try, nearly always once."""
         step = blend(site, batch, rate)
         if not isinstance(self.likelihood, OffsetLikelihood):
             return step
         for _ in range(HALVINGS):
-            after = elbo(step, self.likelihood, rows, self.total).item()
-            if math.isfinite(after) and after >= before:
+            after = elbo(step, self.likelihood, rows, self.total)
+            if torch.isfinite(after) & (after >= before):
                 return step
             rate *= 0.5
             step = blend(site, batch, rate)

@@ -16,9 +16,9 @@ parameterization of sparse variational Gaussian processes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -35,7 +35,7 @@ from fspace.inference.likelihoods import (
     local_terms,
 )
 from fspace.inference.moments import MovedMoments
-from fspace.inference.numerics import cholesky, solve_lower
+from fspace.inference.numerics import cholesky, cholesky_unseen, solve_lower
 from fspace.inference.source import Inputs
 
 PASSES = 40  # over all rows, at most
@@ -155,7 +155,7 @@ def backward_bound(
     rows: Rows,
     total: int,
     factor: float,
-) -> tuple[float, Site, Site]:
+) -> tuple[Float[Tensor, ""], Site, Site]:
     """`elbo` of `moved(site, across)`; factor times its gradients are added to `.grad` of all parameters behind
     across, rows and likelihood. Also the moved site and its `batch_site`: the rows are looked at once for all."""
     mean, known, divergence, precision, shift = MovedMoments.apply(rows.v, across, site.precision, site.shift)
@@ -176,17 +176,17 @@ def backward_bound(
         slope, in_variance = m.grad / (factor * scale), v.grad / (factor * scale)
         terms = LocalTerms(value.detach(), slope, (-2.0 * in_variance).clamp(min=0.0))
     here = replace(site, precision=precision, shift=shift)
-    bound = scale * value.sum().item() - divergence.sum().item()
+    bound = scale * value.detach().sum() - divergence.detach().sum()
     return bound, here, _said(here, rows, total, at, terms)
 
 
 def elbo(site: Site, likelihood: AnyLikelihood, rows: Rows, total: int) -> Float[Tensor, ""]:
     """Evidence lower bound (nats, all outputs) of q(v) prop. to N(v; 0, I) t(v), the n rows standing for `total`.
 
-    Differentiable. Unbiased over random batches, and at the collapsed site the collapsed bound.
-    Source: Hensman et al. (2013).
+    Differentiable; on a GPU NaN where a factorisation fails. Unbiased over random batches, and at the collapsed site
+    the collapsed bound. Source: Hensman et al. (2013).
     """
-    inner = _inner(site)
+    inner = _inner(site, cholesky_unseen)
     at = _marginals(site, rows, inner)
     value = rows.weighed(expected_log_density(likelihood, rows.y, at.mean, at.variance))
     return total / rows.y.shape[0] * value.sum() - _divergence(site, inner).sum()
@@ -256,6 +256,20 @@ def _gap(site: Site, other: Site, cavity: Site | None) -> float:
     return (0.5 * (spread.square().sum() + apart.square().sum() - size) + logs[0] - logs[1]).item()
 
 
+@torch.no_grad()
+def said_by_rows(
+    basis: Basis,
+    site: Site,
+    cavity: Site,
+    x: Inputs,
+    y: Float[Tensor, "n t"],
+    weight: Float[Tensor, " n"] | None = None,
+) -> Site:
+    """What all rows say where their `site` and the `cavity` of others give the posterior: where it is `site` itself,
+    that is found."""
+    return _whole(basis, site, cavity, x, y, weight)[0]
+
+
 def _whole(
     basis: Basis, site: Site, cavity: Site | None, x: Inputs, y: Tensor, weight: Tensor | None
 ) -> tuple[Site, float]:
@@ -263,17 +277,18 @@ def _whole(
     posterior = site if cavity is None else site + cavity
     inner = _inner(posterior)
     total: Site | None = None
-    value = 0.0
+    sums = []  # asked of the device once, at the end
     for rows in _parts(basis, x, y, weight):
         at = _marginals(posterior, rows, inner)
         terms = _local(basis.likelihood, rows, at)
         part = _said(posterior, rows, len(rows.y), at, terms)
-        value += terms.value.sum().item()
+        sums.append(terms.value.sum())
         total = part if total is None else total + part
     assert total is not None
     if cavity is not None:  # relative to what the others say, not to the prior
-        value += _expected_log_site(cavity, posterior, inner)
-    return replace(total, site_id=site.site_id), value - _divergence(posterior, inner).sum().item()
+        sums.append(_expected_log_site(cavity, posterior, inner))
+    value = torch.stack(sums).sum() - _divergence(posterior, inner).sum()
+    return replace(total, site_id=site.site_id), value.item()
 
 
 def _parts(basis: Basis, x: Inputs, y: Tensor, weight: Tensor | None) -> Iterator[Rows]:
@@ -282,14 +297,14 @@ def _parts(basis: Basis, x: Inputs, y: Tensor, weight: Tensor | None) -> Iterato
         yield Rows.of(basis, x[part], y[part], None if weight is None else weight[part])
 
 
-def _expected_log_site(cavity: Site, posterior: Site, inner: Float[Tensor, "t m m"]) -> float:
+def _expected_log_site(cavity: Site, posterior: Site, inner: Float[Tensor, "t m m"]) -> Float[Tensor, ""]:
     """E log t(v) of the cavity's factor under the posterior, without its constant."""
     mean = torch.cholesky_solve(posterior.shift[..., None], inner)
     spread = solve_lower(inner, cavity.precision)
     trace = solve_lower(inner, spread.mT).diagonal(dim1=-2, dim2=-1).sum(-1)
     quadratic = (mean.mT @ cavity.precision @ mean)[:, 0, 0]
     linear = (cavity.shift[:, None] @ mean)[:, 0, 0]
-    return (linear - 0.5 * (quadratic + trace)).sum().item()
+    return (linear - 0.5 * (quadratic + trace)).sum()
 
 
 def marginals(site: Site, rows: Rows) -> tuple[Float[Tensor, "t n"], Float[Tensor, "t n"]]:
@@ -309,9 +324,9 @@ def _divergence(site: Site, inner: Float[Tensor, "t m m"]) -> Float[Tensor, " t"
     )
 
 
-def _inner(site: Site) -> Float[Tensor, "t m m"]:
+def _inner(site: Site, factorise: Callable[..., tuple[Tensor, Any]] = cholesky) -> Float[Tensor, "t m m"]:
     eye = torch.eye(site.shift.shape[-1], dtype=site.shift.dtype, device=site.shift.device)
-    return cholesky(eye + site.precision, "I + site precision")[0]
+    return factorise(eye + site.precision, "I + site precision")[0]
 
 
 def _marginals(site: Site, rows: Rows, inner: Float[Tensor, "t m m"]) -> Marginals:

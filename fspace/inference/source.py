@@ -73,3 +73,8 @@ class RowSource:
 
 
 Inputs: TypeAlias = Tensor | RowSource  # rows [n, *row], in memory or not
+
+
+def placed(x: Inputs, index: Tensor) -> Tensor:
+    """Row numbers where x[index] takes them as they are: on the device of a tensor, on the host for rows to be read."""
+    return index.cpu() if isinstance(x, RowSource) else index.to(x.device)

@@ -163,6 +163,34 @@ def test_a_regression_goes_on_learning_and_forgets(tmp_path):
         assert np.abs(one.predict(X_test) - first).max() < 1e-2 and list(one.sites_) == ["data"]
 
 
+@pytest.mark.parametrize("inference", ["exact", "collapsed", "sites"])
+def test_what_fit_saw_is_the_site_data(inference, tmp_path):
+    X, y = wave(200, 0)
+    model = fspace.GPRegressor(kernel="matern", inference=inference, inducing=30).fit(X, y)
+    assert model.sites_ == {"data": 200}
+    model.partial_fit(X[:20] + 0.1, y[:20]).forget("data")
+    assert model.sites_ == {"batch 1": 20}
+
+
+@pytest.mark.parametrize(
+    ("saved", "read"),
+    [
+        (["data+held out", "monday"], ["data", "monday"]),
+        (["data+held out", "data"], ["data+held out", "data"]),
+    ],
+)
+def test_files_in_which_that_site_had_another_name_load(saved, read, tmp_path):
+    X, y = wave(100, 0)
+    model = fspace.GPRegressor(kernel="matern", inference="collapsed", inducing=20).fit(X, y)
+    model.partial_fit(X[:20] + 0.1, y[:20], site="monday")
+    posterior = model.posterior_
+    sites = dict(zip(saved, posterior.sites.values()))
+    model.posterior_ = posterior.with_sites(posterior.basis, sites)
+    loaded = fspace.load(model.save(tmp_path / "old.fspace"))
+    assert list(loaded.sites_) == read
+    assert np.array_equal(loaded.predict(X), model.predict(X))
+
+
 def test_a_mixture_and_a_classifier_go_on_learning():
     (X, y), (X_new, y_new) = wave(400, 0), wave(300, 1)
     model = fspace.GPRegressor(members=1).partial_fit(X, y)
