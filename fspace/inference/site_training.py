@@ -22,16 +22,13 @@ from fspace.inference.likelihoods import (
     predictive_log_density,
 )
 from fspace.inference.numerics import cholesky_unseen, solve_lower
-from fspace.inference.sites import Rows, backward_bound, blend, elbo, marginals, moved
+from fspace.inference.sites import Rows, backward_elbo, blend, elbo, marginals, moved
 from fspace.inference.source import Inputs
 from fspace.kernels.deep import DeepKernel, embed, embedded_kernel
 from fspace.kernels.evaluate import covariance, diagonal
 
 PATIENCE = 6  # epochs without a better held-out score before training ends
-SETTLED, LITTLE = (
-    5,
-    2e-3,
-)  # steps that gain less than so many nats a value together end the training on all rows
+SETTLED, LITTLE = 10, 1e-3  # steps that gain less than so many nats a value together end training on all rows
 RATE, EXACT_RATE = 5e-2, 0.3  # of kernel and noise; where there is no network and every step sees all rows
 POOL = 2048  # random rows among which inducing inputs are chosen
 HALVINGS = 8  # of a natural step that would lower the bound of its batch
@@ -220,7 +217,7 @@ class _Running:
         rows, factor = self._seen(x, y, weight)
         across = solve_lower(self.factor, factor)
         share = -1.0 / (self.mass * y.shape[1])
-        bound, still, batch = backward_bound(self.site, across, self.likelihood, rows, self.total, share)
+        bound, still, batch = backward_elbo(self.site, across, self.likelihood, rows, self.total, share)
         with torch.no_grad():
             self.site = self._stepped(still, batch, rows, rate, bound)
             self.factor = factor.detach()

@@ -148,7 +148,7 @@ def _local(likelihood: AnyLikelihood, rows: Rows, at: Marginals) -> LocalTerms:
     return LocalTerms(*map(rows.weighed, local_terms(likelihood, rows.y, at.mean, at.variance)))
 
 
-def backward_bound(
+def backward_elbo(
     site: Site,
     across: Float[Tensor, "m m"],
     likelihood: AnyLikelihood,
@@ -199,7 +199,7 @@ def converge(
     weight: Float[Tensor, " n"] | None = None,
     start: Site | None = None,
     cavity: Site | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float = 1e-5,
 ) -> tuple[Site, float]:
     """The site that all rows make together on a fixed basis, and the evidence lower bound (nats) it reaches.
 
