@@ -1,7 +1,7 @@
 """Flights of 2013, each airline a worker with its own rows: they join, one is killed, the server is killed, one leaves.
 
 Everything goes through the commands that one would type: `fspace serve`, `token`, `worker`, `forget`. In the end the
-server's posterior is the one of all remaining rows together.
+server's posterior is the one of all remaining rows together. Takes about a minute.
 
 Run: python examples/carriers.py carriers.png
 """

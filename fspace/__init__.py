@@ -8,6 +8,8 @@ __version__ = "0.1.0"
 _WHERE = {
     "GPRegressor": "fspace.estimators",
     "GPClassifier": "fspace.estimators",
+    "BNNRegressor": "fspace.network_estimators",
+    "BNNClassifier": "fspace.network_estimators",
     "load": "fspace.saving",
     "FspaceError": "fspace.errors",
     "FunctionPosterior": "fspace.posterior",

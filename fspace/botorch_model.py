@@ -3,103 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from botorch.acquisition import analytic
 from botorch.models.model import FantasizeMixin, Model
-from botorch.posteriors import GPyTorchPosterior, Posterior
-from botorch.sampling.get_sampler import GetSampler
-from botorch.sampling.normal import IIDNormalSampler, NormalMCSampler, SobolQMCNormalSampler
+from botorch.posteriors import GPyTorchPosterior
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from jaxtyping import Float
 from linear_operator import to_linear_operator
 from torch import Tensor
-from torch.nn.modules.module import register_module_module_registration_hook
-from torch.quasirandom import SobolEngine
 
+from fspace.botorch_moments import Member, Moments, conditioned, moments_of, picked, seen
+from fspace.botorch_normals import FromNormals
 from fspace.errors import DataError, OptionError
-from fspace.inference.numerics import MAX_JITTER, MIN_JITTER, cholesky, solve_lower
+from fspace.inference.numerics import MAX_JITTER, MIN_JITTER
 from fspace.posterior import FunctionPosterior, MixturePosterior
-from fspace.predictive import Gaussian
 
 
-class Moments(NamedTuple):
-    """Joint moments of f at n points, outputs independent: mean, covariance, and the noise variance of y."""
-
-    mean: Float[Tensor, "*b t n"]
-    covariance: Float[Tensor, "*b t n n"]
-    noise: Float[Tensor, "*b t n"]
-
-
-Member = Callable[[Tensor], Moments]  # moments at X [..., n, d]
-
-
-def moments_of(posterior: FunctionPosterior) -> Member:
-    """Moments of a posterior whose predictives are Gaussian; the member raises OptionError for another kind."""
-
-    def member(x: Tensor) -> Moments:
-        joint = posterior.observed(x)
-        if not isinstance(joint, Gaussian):
-            raise OptionError(
-                f"{type(posterior).__name__} predicts {type(joint).__name__}, and a BoTorch model needs Gaussians: "
-                "use a GP posterior, or a MixturePosterior of them."
-            )
-        mean, covariance, noise = joint.mean, joint.covariance, joint.aleatoric
-        if joint.outputs is None:
-            mean, covariance, noise = mean[..., None], covariance[..., None, :, :], noise[..., None]
-        return Moments(mean.mT, covariance - torch.diag_embed(noise.mT), noise.mT)
-
-    return member
-
-
-class _Seen(NamedTuple):
-    """Observations y [..., t, n] against the prior moments there: whitened error, Cholesky factor, log density."""
-
-    white: Tensor
-    factor: Tensor
-    log_density: Tensor
-
-
-def _seen(at: Moments, y: Tensor, noise: Tensor | None) -> _Seen:
-    factor, _ = cholesky(
-        at.covariance + torch.diag_embed(at.noise if noise is None else noise),
-        "covariance of the new observations",
-    )
-    white = solve_lower(factor, (y - at.mean)[..., None])
-    gaussian = white[..., 0].square() + torch.tensor(2 * torch.pi, dtype=y.dtype, device=y.device).log()
-    log_det = factor.diagonal(dim1=-2, dim2=-1).log()
-    return _Seen(white, factor, (-0.5 * gaussian - log_det).sum((-2, -1)))
-
-
-def conditioned(prior: Member, x: Tensor, y: Tensor, noise: Tensor | None = None) -> Member:
-    """The member after also seeing y [..., t, n] at x [..., n, d], whose batch dimensions broadcast.
-
-    Gaussian conditioning of the joint at [x, X]: gradients flow to x, y and X. noise [..., t, n] (variances) stands
-    in for the member's own. Source: Rasmussen and Williams (2006), eq. A.6.
-    """
-    n = x.shape[-2]
-
-    def member(query: Tensor) -> Moments:
-        batch = torch.broadcast_shapes(x.shape[:-2], query.shape[:-2])
-        joint = prior(
-            torch.cat([x.expand(*batch, *x.shape[-2:]), query.expand(*batch, *query.shape[-2:])], -2)
-        )
-        head = Moments(joint.mean[..., :n], joint.covariance[..., :n, :n], joint.noise[..., :n])
-        seen = _seen(head, y, noise)
-        cross = solve_lower(seen.factor, joint.covariance[..., :n, n:])
-        mean = joint.mean[..., n:] + (cross.mT @ seen.white)[..., 0]
-        covariance = joint.covariance[..., n:, n:] - cross.mT @ cross
-        return Moments(
-            mean,
-            covariance.expand(*mean.shape, mean.shape[-1]),
-            joint.noise[..., n:].expand_as(mean),
-        )
-
-    return member
-
-
-class MixtureOfGaussians(Posterior):  # type: ignore[misc]
+class MixtureOfGaussians(FromNormals):
     """BoTorch posterior of which one of k joint Gaussians is right.
 
     Shapes: components' mean [..., q, m], weights [..., k] that broadcast against their batches. A base sample is
@@ -140,11 +61,6 @@ class MixtureOfGaussians(Posterior):  # type: ignore[misc]
         """Shape of one base sample."""
         return self.batch_shape + torch.Size([1 + self.components[0].mean.shape[-2:].numel()])
 
-    @property
-    def batch_range(self) -> tuple[int, int]:
-        """Batch dimensions of a base sample, which share one set of normals."""
-        return (0, -1)
-
     def _extended_shape(self, sample_shape: torch.Size = torch.Size()) -> torch.Size:  # noqa: B008
         return sample_shape + self.components[0].mean.shape
 
@@ -168,23 +84,6 @@ class MixtureOfGaussians(Posterior):  # type: ignore[misc]
                 component.rsample_from_base_samples(sample_shape, base_samples[..., 1:].reshape(shape))
             )
         return torch.take_along_dim(torch.stack(samples, -3), pick[..., None, None, None], -3).squeeze(-3)
-
-    def rsample(self, sample_shape: torch.Size | None = None) -> Tensor:
-        """Joint samples [*sample_shape, ..., q, m], each from one component."""
-        sample_shape = torch.Size([1]) if sample_shape is None else sample_shape
-        shape = sample_shape + self.base_sample_shape
-        return self.rsample_from_base_samples(
-            sample_shape, torch.randn(shape, dtype=self.dtype, device=self.device)
-        )
-
-
-@GetSampler.register(MixtureOfGaussians)
-def _sampler(
-    posterior: MixtureOfGaussians, sample_shape: torch.Size, *, seed: int | None = None
-) -> NormalMCSampler:
-    dimensions = posterior.base_sample_shape[-1]
-    kind = SobolQMCNormalSampler if dimensions <= SobolEngine.MAXDIM else IIDNormalSampler
-    return kind(sample_shape, seed=seed)
 
 
 class FunctionModel(Model, FantasizeMixin):  # type: ignore[misc]
@@ -223,6 +122,11 @@ class FunctionModel(Model, FantasizeMixin):  # type: ignore[misc]
         """Whether there is more than one component, so that no joint is Gaussian."""
         return len(self._members) > 1
 
+    @property
+    def not_gaussian(self) -> str:
+        """What it is where formulas for Gaussians do not hold."""
+        return f"a mixture of {len(self._members)}" if self.is_mixture else ""
+
     def posterior(  # type: ignore[override]
         self,
         X: Tensor,
@@ -234,13 +138,16 @@ class FunctionModel(Model, FantasizeMixin):  # type: ignore[misc]
 
         observation_noise: True adds the model's, a tensor [..., q or 1, m] these variances. A posterior transform is
         applied to every component of a mixture. GPyTorch reports no variance under 1e-10, so y should not be in units
-        that make it that small. Raises OptionError when a member does not predict Gaussians.
+        that make it that small. Raises OptionError when a member does not predict Gaussians, DataError for other
+        shapes.
         """
+        if X.ndim < 2:
+            raise DataError(f"X must be [..., q, d]; it is {tuple(X.shape)}. One point is X[None].")
         indices = range(self.num_outputs) if output_indices is None else output_indices
-        picked = [self._outputs[i] for i in indices]
+        chosen = [self._outputs[i] for i in indices]
         components = []
         for member in self._members:
-            component = _gpytorch_posterior(member(X), picked, observation_noise)
+            component = _gpytorch_posterior(member(X).picked(chosen), observation_noise)
             if posterior_transform is not None:
                 component = posterior_transform(component, X=X)
             components.append(component)
@@ -250,8 +157,8 @@ class FunctionModel(Model, FantasizeMixin):  # type: ignore[misc]
 
     def subset_output(self, idcs: list[int]) -> FunctionModel:
         """The model of some outputs only. Observations of these alone can still be taken in."""
-        picked = [self._outputs[i] for i in idcs]
-        return FunctionModel(self._members, self._weights, picked, self._batch_shape)
+        chosen = [self._outputs[i] for i in idcs]
+        return FunctionModel(self._members, self._weights, chosen, self._batch_shape)
 
     def condition_on_observations(
         self, X: Tensor, Y: Tensor, noise: Tensor | None = None, **kwargs: Any
@@ -277,12 +184,12 @@ class FunctionModel(Model, FantasizeMixin):  # type: ignore[misc]
         ):
             vector = self._source.latent(X[:1]).mean.ndim == 1
             return botorch_model(self._source.condition(X, Y[:, 0] if vector else Y))
-        x, y = X.to(torch.float64), Y.to(torch.float64).mT
-        noise = None if noise is None else noise.to(y).mT
-        members = [_selected(member, self._outputs) for member in self._members]
+        x, y = X.to(torch.float64), Y.to(torch.float64)
+        noise = None if noise is None else noise.to(y)
+        members = [picked(member, self._outputs) for member in self._members]
         weights = self._weights
         if self.is_mixture:
-            scores = [_seen(member(x), y, noise).log_density for member in members]
+            scores = [seen(member(x), y, noise).log_density for member in members]
             weights = (self._weights.to(y).log() + torch.stack(scores, -1)).softmax(-1)
         return FunctionModel(
             [conditioned(member, x, y, noise) for member in members],
@@ -302,39 +209,38 @@ def botorch_model(posterior: FunctionPosterior) -> FunctionModel:
         weights,
         range(posterior.num_outputs),
         posterior.batch_shape,
-        posterior,
+        posterior if all(_takes_observations(source) for source in sources) else None,
     )
 
 
-def _selected(member: Member, outputs: Sequence[int]) -> Member:
-    """The member with some of its outputs."""
-
-    def selected(x: Tensor) -> Moments:
-        mean, covariance, noise = member(x)
-        pick = list(outputs)
-        return Moments(mean[..., pick, :], covariance[..., pick, :, :], noise[..., pick, :])
-
-    return selected
+def _takes_observations(posterior: FunctionPosterior) -> bool:
+    """Whether it has a way of its own; linearised networks are conditioned as the Gaussians that they are."""
+    return type(posterior).condition is not FunctionPosterior.condition
 
 
-def _gpytorch_posterior(
-    moments: Moments, outputs: Sequence[int], observation_noise: bool | Tensor
-) -> GPyTorchPosterior:
-    mean, covariance, noise = moments
+def _gpytorch_posterior(moments: Moments, observation_noise: bool | Tensor) -> GPyTorchPosterior:
+    mean, covariance, noise = moments.mean, moments.covariance, moments.noise
     if observation_noise is not False:
         added = noise
         if isinstance(observation_noise, Tensor):
-            added = observation_noise.to(mean).mT.expand_as(mean)
-        covariance = covariance + torch.diag_embed(added)
-    covariance = _positive_definite(covariance, noise)
+            shape = (*mean.shape[:-2], mean.shape[-2:].numel() // moments.outputs, moments.outputs)
+            added = torch.diag_embed(moments.grouped(observation_noise.to(mean).expand(shape)))
+        covariance = covariance + added
+    covariance = _positive_definite(covariance, noise.diagonal(dim1=-2, dim2=-1))
+    if moments.together > 1:
+        points = mean[..., 0, :].unflatten(-1, (-1, moments.outputs))
+        return GPyTorchPosterior(
+            MultitaskMultivariateNormal(points, to_linear_operator(covariance[..., 0, :, :]))
+        )
     parts = [
-        MultivariateNormal(mean[..., i, :], to_linear_operator(covariance[..., i, :, :])) for i in outputs
+        MultivariateNormal(mean[..., i, :], to_linear_operator(covariance[..., i, :, :]))
+        for i in range(moments.outputs)
     ]
     joint = parts[0] if len(parts) == 1 else MultitaskMultivariateNormal.from_independent_mvns(parts)
     return GPyTorchPosterior(joint)
 
 
-def _positive_definite(covariance: Tensor, noise: Tensor) -> Tensor:
+def _positive_definite(covariance: Float[Tensor, "*b g k k"], noise: Float[Tensor, "*b g k"]) -> Tensor:
     """The covariance, with jitter where a search has brought points together or onto the data.
 
     Jitter is relative to the variance of y: that of f may be nothing but rounding there, and of either sign.
@@ -345,30 +251,3 @@ def _positive_definite(covariance: Tensor, noise: Tensor) -> Tensor:
         repaired = covariance + torch.diag_embed((jitter * level).expand_as(noise))
         jitter *= 10.0
     return repaired
-
-
-# These read a mean and a variance only; the other analytic functions integrate against a Gaussian.
-_FROM_MOMENTS = (
-    analytic.PosteriorMean,
-    analytic.ScalarizedPosteriorMean,
-    analytic.PosteriorStandardDeviation,
-    analytic.UpperConfidenceBound,
-)
-
-
-def _refuse_analytic_functions(module: Any, name: str, submodule: Any) -> None:
-    """A mixture's mean and variance would silently be taken for a Gaussian's; called when a function gets its model."""
-    if (
-        isinstance(submodule, FunctionModel)
-        and submodule.is_mixture
-        and isinstance(module, analytic.AnalyticAcquisitionFunction)
-        and not isinstance(module, _FROM_MOMENTS)
-    ):
-        raise OptionError(
-            f"{type(module).__name__} is a formula for Gaussians, and this posterior is a mixture of "
-            f"{len(submodule._members)}. Use a Monte Carlo acquisition function (qLogExpectedImprovement, "
-            "qLogNoisyExpectedImprovement, ...), or one member: posterior.members[0].as_botorch()."
-        )
-
-
-register_module_module_registration_hook(_refuse_analytic_functions)

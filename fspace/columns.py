@@ -54,7 +54,7 @@ def column_to_float(column: pd.Series, name: str, first_row: int = 0) -> Float[n
         return np.asarray(np.where(pd.isna(values), np.nan, values), dtype=np.float64)
     except TypeError as error:
         raise WrongKindError(f"Column {name!r} is not numeric: {error}.") from error
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:  # a whole number may be larger than any float
         raise DataError(f"Column {name!r} is not numeric: {error}.") from error
 
 

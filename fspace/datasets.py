@@ -41,8 +41,8 @@ class Split(NamedTuple):
     y_test: Float[np.ndarray, " m"]
 
 
-def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """A CSV or Parquet file as a frame. Raises DataError: missing, empty, cut off, not a table."""
+def read_table(path: str | os.PathLike[str], least_rows: int = 1) -> pd.DataFrame:
+    """A CSV or Parquet file as a frame. Raises DataError: missing, empty, cut off, not a table, too few rows."""
     file = Path(path)
     if not file.exists():
         beside = sorted(p.name for p in file.parent.iterdir()) if file.parent.is_dir() else []
@@ -59,8 +59,8 @@ def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
     if file.stat().st_size == 0:
         raise DataError(f"{str(file)!r} is empty.")
     table = _read_parquet(file) if kind == "parquet" else _read_csv(file)
-    if table.shape[0] == 0 or table.shape[1] == 0:
-        raise DataError(f"{str(file)!r} has {table.shape[1]} columns and no rows.")
+    if len(table) < least_rows or table.shape[1] == 0:
+        raise DataError(f"{str(file)!r} has {table.shape[1]} columns and {len(table) or 'no'} rows.")
     table.columns = table.columns.map(str)
     return table
 
@@ -208,6 +208,27 @@ def load_uci(name: str, split: int = 0, root: str | os.PathLike[str] | None = No
     return Split(x[train], y[train], x[test], y[test])
 
 
+def load_polyphonic(name: str, root: str | os.PathLike[str] | None = None) -> dict[str, list[np.ndarray]]:
+    """Piano rolls, "JSB_Chorales" or "Nottingham": lists of series [T, 88] of 0 and 1, by "train", "valid", "test".
+
+    root: the folder that holds polyphonic/ (None: the variable FSPACE_DATA). Raises DataError where it is not there.
+    Source: Boulanger-Lewandowski, Bengio and Vincent (2012), whose page has the files.
+    """
+    from scipy.io import loadmat
+
+    folder = root if root is not None else os.environ.get("FSPACE_DATA")
+    if folder is None:
+        raise DataError("Name the folder that holds polyphonic/, or set FSPACE_DATA to it.")
+    file = Path(folder) / "polyphonic" / f"{name}.mat"
+    if not file.exists():
+        raise DataError(f"{file}: no such file; get it from the authors' page on modelling polyphonic music.")
+    content = loadmat(file)
+    return {
+        part: [np.asarray(roll, dtype=np.float32) for roll in content[f"{part}data"].ravel()]
+        for part in ("train", "valid", "test")
+    }
+
+
 def load_flights(
     rows: int | None = 300_000, seed: int = 0, carrier: bool = False
 ) -> tuple[pd.DataFrame, pd.Series]:
@@ -250,3 +271,11 @@ def load_flights(
     if carrier:
         inputs["carrier"] = flights["carrier"]
     return inputs.reset_index(drop=True), flights["arr_delay"].astype(np.float64).reset_index(drop=True)
+
+
+def load_digits_images() -> tuple[Float[np.ndarray, "n c h w"], np.ndarray]:
+    """scikit-learn's handwritten digits: 1,797 images of 8 x 8 with values from 0 to 1, and their labels."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    return images.reshape(-1, 1, 8, 8) / 16.0, labels

@@ -17,6 +17,14 @@ class OptionError(FspaceError, ValueError):
     """An option has a value that does not exist or does not fit the others."""
 
 
+class UtilityError(FspaceError, ValueError):
+    """A utility, loss or cost gave something that cannot be averaged (NaN, infinite, another shape)."""
+
+
+class InfeasibleError(FspaceError, ValueError):
+    """No candidate fulfils the constraints, or none is left."""
+
+
 class NumericalError(FspaceError, ArithmeticError):
     """A factorisation failed after all permitted repairs."""
 
@@ -35,6 +43,14 @@ class NotFittedError(FspaceError, _SklearnNotFittedError):
 
 class ServerError(FspaceError, RuntimeError):
     """The posterior server, its store or the way to it is not in order."""
+
+
+class LearningStopped(ServerError):
+    """Learning of a basis came to an end before it was done. `learned` is what there is, to go on from."""
+
+    def __init__(self, message: str, learned: Any):
+        super().__init__(message)
+        self.learned = learned
 
 
 class SiteRefused(FspaceError, ValueError):
@@ -57,3 +73,7 @@ class AccessRefused(ServerError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.reason, str(self), self.status, self.retry_after)
+
+
+class DivergedWarning(UserWarning):
+    """A fit stopped being finite; the last finite state is kept, and the fitted object says where it was."""

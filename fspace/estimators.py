@@ -14,15 +14,17 @@ from gpytorch.likelihoods import (
     Likelihood,
     SoftmaxLikelihood,
 )
-from sklearn.base import ClassifierMixin, RegressorMixin
 
 from fspace.data import check_target, target_names
 from fspace.errors import DataError, OptionError
 from fspace.fitting import GPEstimator
+from fspace.front import ClassificationFront, RegressionFront, column_scales
 from fspace.inference.candidates import EXACT_ROWS
+from fspace.inference.gp import GPPosterior
 from fspace.inference.likelihoods import NAMED, REAL, with_offset
-from fspace.inference.optimise import MIN_NOISE, gaussian_likelihood
-from fspace.predictive_base import as_tensor
+from fspace.inference.optimise import gaussian_likelihood
+from fspace.kernels.deep import DeepKernel
+from fspace.posterior import MixturePosterior
 from fspace.targets import (
     balanced,
     check_labels,
@@ -35,24 +37,30 @@ from fspace.torch_data import unpacked
 
 GAUSSIAN = ("auto", "gaussian", "heteroscedastic")
 LIKELIHOODS = (*GAUSSIAN, *(name for name in NAMED if name != "bernoulli"))
-ROWS = 8192  # whose class probabilities are computed at once
 INFERENCE = ("auto", "exact", "collapsed", "sites")
+OUTPUTS = ("independent", "coregionalised")
 
 
-class GPRegressor(RegressorMixin, GPEstimator):
+class GPRegressor(RegressionFront, GPEstimator):
     """Gaussian process regression with deep or plain kernels, exact or sparse.
 
     kernel: "auto" (the data choose between plain and deep), "deep", "matern", "rbf", "neural" (infinitely wide
-        network), "additive" (a sum over the columns), or a gpytorch kernel, which sees standardised inputs. Images
-        [n, c, h, w] and sequences [n, t, d] need a `DeepKernel` with an extractor that reads them.
+        network), "additive" (a sum over the columns), or a gpytorch kernel, which sees standardised inputs, and whose
+        registered priors count. Images [n, c, h, w] and sequences [n, t, d] need a `DeepKernel` with an extractor that
+        reads them.
     inference: "auto", "exact" (Cholesky over all rows), "collapsed" (Titsias' bound), or "sites" (kernel and network
         learned from minibatches by natural-gradient steps; the posterior is then that of "collapsed", or, where the
         noise is not Gaussian, of sites).
     likelihood: "auto" (with kernel="auto" the data say whether Gaussian noise varies over the inputs; else constant),
         "gaussian" (constant), "heteroscedastic" (varies), or a gpytorch GaussianLikelihood, whose noise is in units
-        of standardised y and is where the fit starts. Heavy tails: "student_t", "laplace". Counts: "poisson",
-        "negative_binomial". Positive y: "gamma". Shares between 0 and 1: "beta". Or another gpytorch likelihood of
-        one function, which sees y as it is. latent(x) of those with a link is of the function before it.
+        of standardised y and is where the fit starts; its noise_prior counts in exact inference. Heavy tails:
+        "student_t", "laplace". Counts: "poisson", "negative_binomial". Positive y: "gamma". Shares between 0 and 1:
+        "beta". Or another gpytorch likelihood of one function, which sees y as it is. latent(x) of those with a link
+        is of the function before it.
+    outputs: of y [n, t], "independent" (one kernel, a noise variance for each), or "coregionalised": functions of
+        covariance B_st k(x, x') and noise that is correlated between the outputs, B and the noise covariance learned
+        from the data (Gaussian noise only; Bonilla, Chai and Williams 2008). Predictions are joint over the outputs.
+        Where the evidence gains less than a nat for each number learned, the outputs stay independent.
     inducing: most inducing inputs of the collapsed posterior; or a number below 1, the share of the prior variance
         they may leave unexplained, and as many are taken (2,000 at most).
     members: deep kernels in the ensemble.
@@ -65,7 +73,7 @@ class GPRegressor(RegressorMixin, GPEstimator):
     "stage", "loss", "heldout"), choice_ ("scores" of the kernels tried, the one "chosen", and the "weights" with which
     they predict together), relevance_ (share of each encoded column or channel; NaN, with a warning, where the slope
     of a kernel is), target_names_, interrupted_ (Ctrl-C ended the fit early: the best state so far is kept, and a
-    warning says which).
+    warning says which), coregionalisation_ and noise_covariance_ (of the outputs, where the noise is Gaussian).
     """
 
     def __init__(  # scikit-learn: options are checked in fit, so that they can be set in any order
@@ -73,6 +81,7 @@ class GPRegressor(RegressorMixin, GPEstimator):
         kernel: Any = "auto",
         inference: Any = "auto",
         likelihood: Any = "auto",
+        outputs: Any = "independent",
         inducing: Any = 512,
         members: Any = 3,
         categories: Any = None,
@@ -85,6 +94,7 @@ class GPRegressor(RegressorMixin, GPEstimator):
         self.kernel = kernel
         self.inference = inference
         self.likelihood = likelihood
+        self.outputs = outputs
         self.inducing = inducing
         self.members = members
         self.categories = categories
@@ -94,21 +104,16 @@ class GPRegressor(RegressorMixin, GPEstimator):
         self.seed = seed
         self.progress = progress
 
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.multi_output = True
-        return tags
-
     def fit(self, X: Any, y: Any = None) -> GPRegressor:
         """Fit to X [n, d] (or images, sequences) and y [n] or [n, t], or to a torch data set of pairs (x, y). Raises a
         FspaceError for data or options that cannot be used."""
         self._check_options()
-        X, y = unpacked(X, y)
-        encoder, x = self._encoded(X)
-        target = check_target(y, len(x))
-        if len(x) < 2:
-            raise DataError("X has 1 sample (n_samples=1); a fit needs at least 2 rows.")
+        encoder, x, target, names = self._read(X, y)
         columns = target.reshape(len(x), -1)
+        if self.outputs == "coregionalised" and columns.shape[1] == 1:
+            raise OptionError(
+                "outputs='coregionalised' is for several outputs, and y has one; leave outputs='independent'."
+            )
         given = NAMED[self.likelihood]() if self.likelihood in tuple(NAMED) else self.likelihood
         link = isinstance(given, Likelihood) and not isinstance(given, GaussianLikelihood)
         if link:
@@ -117,16 +122,20 @@ class GPRegressor(RegressorMixin, GPEstimator):
             check_support(columns, given, target.ndim == 1)
             shift, scale = np.zeros(columns.shape[1]), np.ones(columns.shape[1])
         else:
-            shift = columns.mean(axis=0)
-            spread = (columns - shift).std(axis=0)
-            scale = np.where(spread > 1e-13 * np.maximum(np.abs(shift), 1e-300), spread, 1.0)
+            shift, scale, constant = column_scales(columns)
+            if self.outputs == "coregionalised" and constant.any():
+                raise DataError(
+                    f"Target {names[constant.argmax()]!r} has the same value in every row; it "
+                    "is correlated with nothing: leave it out, or take outputs='independent'."
+                )
+        exact = self.inference == "exact" or (self.inference == "auto" and len(x) <= EXACT_ROWS)
         likelihood: Any = None
         if link:
             likelihood = with_offset(copy.deepcopy(given), torch.from_numpy((columns - shift) / scale))
         elif not isinstance(given, str):
             likelihood = own_likelihood(given, columns.shape[1])
+            self._check_noise_prior(likelihood, exact)
         vary = {"auto": None, "heteroscedastic": True}.get(given, False) if isinstance(given, str) else False
-        exact = self.inference == "exact" or (self.inference == "auto" and len(x) <= EXACT_ROWS)
         self._fit_plan(
             encoder,
             x,
@@ -138,9 +147,38 @@ class GPRegressor(RegressorMixin, GPEstimator):
             sites=self.inference == "sites",
             vary=vary,
             likelihood=likelihood,
+            coregionalised=self.outputs == "coregionalised",
         )
-        self.target_names_ = target_names(y, target)
+        self.target_names_ = names
         return self
+
+    @property
+    def coregionalisation_(self) -> np.ndarray:
+        """Prior covariance B [t, t] of the outputs' functions at one input, in the units of y: f_s(x) and f_t(x') have
+        covariance B_st k(x, x') / k(x, x). Of the heaviest member; diagonal where outputs are independent.
+
+        Raises OptionError where the noise is not Gaussian.
+        """
+        return self._heaviest("coregionalisation_").coregionalisation.cpu().numpy()
+
+    @property
+    def noise_covariance_(self) -> np.ndarray:
+        """Covariance [t, t] of the noise of the outputs, in the units of y (where it varies: at a noise ratio of one).
+        Of the heaviest member; diagonal where outputs are independent.
+
+        Raises OptionError where the noise is not Gaussian.
+        """
+        return self._heaviest("noise_covariance_").noise_covariance.cpu().numpy()
+
+    def _heaviest(self, name: str) -> GPPosterior:
+        members, posterior = self._members(), self.posterior_
+        if not isinstance(members[0].basis.likelihood, GaussianLikelihood):
+            raise OptionError(f"{name} is of Gaussian noise; this model has likelihood={self.likelihood!r}.")
+        return (
+            members[int(posterior.weights.argmax())]
+            if isinstance(posterior, MixturePosterior)
+            else members[0]
+        )
 
     def partial_fit(self, X: Any, y: Any, site: Any = None, discount: Any = 1.0) -> GPRegressor:
         """Take in more rows as one more site, in the time of these rows; kernel and noise stay as `fit` left them. The
@@ -154,6 +192,15 @@ class GPRegressor(RegressorMixin, GPEstimator):
         x = np.asarray(self.encoder_.transform(X), dtype=np.float64)
         self._take_in(x, check_target(y, len(x)), site, discount)
         return self
+
+    def _check_noise_prior(self, likelihood: GaussianLikelihood, exact: bool) -> None:
+        deep = isinstance(self.kernel, DeepKernel) or self.kernel in ("auto", "deep")
+        if list(likelihood.named_priors()) and (deep or not exact):
+            raise OptionError(
+                "likelihood has a prior on its noise, which counts in exact inference with a kernel that is not deep; "
+                f"kernel={self.kernel!r} of inference={self.inference!r} would not keep it. Pass one without, or take "
+                "kernel='matern', inference='exact'."
+            )
 
     def _check_options(self) -> None:
         self._check_shared_options()
@@ -174,6 +221,14 @@ class GPRegressor(RegressorMixin, GPEstimator):
                 f"likelihood is a {type(like).__name__}; pass a name or a gpytorch likelihood of one function. "
                 "(Classes: GPClassifier.)"
             )
+        if self.outputs not in tuple(OUTPUTS):
+            raise OptionError(f"outputs={self.outputs!r} does not exist; choose one of {', '.join(OUTPUTS)}.")
+        if self.outputs == "coregionalised" and not (isinstance(like, str) and like in GAUSSIAN):
+            raise OptionError(
+                f"outputs='coregionalised' learns a Gaussian noise covariance between outputs, which likelihood="
+                f"{like if isinstance(like, str) else type(like).__name__!r} has not; choose one of "
+                f"{', '.join(GAUSSIAN)}, or outputs='independent'."
+            )
         gaussian = isinstance(like, GaussianLikelihood) or like in GAUSSIAN
         if not gaussian and self.inference in ("exact", "collapsed"):
             raise OptionError(
@@ -181,46 +236,8 @@ class GPRegressor(RegressorMixin, GPEstimator):
                 "inference='auto'."
             )
 
-    @torch.no_grad()
-    def predict(self, X: Any, return_std: bool = False, return_cov: bool = False) -> Any:
-        """Mean of y [n] or [n, t]; with return_std also its standard deviation, with return_cov the joint covariance.
 
-        Both include the noise. Rows are taken some at a time, so millions fit in memory (not with return_cov).
-        Raises OptionError when both are asked for.
-        """
-        if return_std and return_cov:
-            raise OptionError("predict gives either return_std or return_cov, not both.")
-        if return_cov:
-            joint: Any = self.predictive(X)
-            return joint.mean.cpu().numpy(), joint.covariance.cpu().numpy()
-        means, deviations = [], []
-        for x in self._parts(X):
-            predictive = self.posterior_.observed(x)
-            means.append(predictive.mean.cpu().numpy())
-            if return_std:
-                deviations.append(predictive.stddev.cpu().numpy())
-        mean = np.concatenate(means)
-        return (mean, np.concatenate(deviations)) if return_std else mean
-
-    def predict_cdf(self, X: Any, thresholds: Any) -> np.ndarray:
-        """P(y <= threshold) at every row, for a threshold or one a row."""
-        predictive: Any = self.predictive(X)
-        y = as_tensor(thresholds, predictive.mean.device, "thresholds").to(torch.float64)
-        try:
-            y = y.expand_as(predictive.mean)
-        except RuntimeError as error:
-            raise DataError(
-                f"thresholds has shape {tuple(y.shape)}, but the prediction has shape {tuple(predictive.mean.shape)}."
-            ) from error
-        return predictive.cdf(y).cpu().numpy()
-
-    @torch.no_grad()
-    def sample_y(self, X: Any, n_samples: int = 1, random_state: int | None = 0) -> np.ndarray:
-        """Joint samples of y: [n, n_samples], or [n, t, n_samples]."""
-        return np.moveaxis(self.predictive(X).rsample(n_samples, random_state).cpu().numpy(), 0, -1)
-
-
-class GPClassifier(ClassifierMixin, GPEstimator):
+class GPClassifier(ClassificationFront, GPEstimator):
     """Gaussian process classification with deep or plain kernels, of two classes (probit) or more (softmax).
 
     kernel, inducing, members, categories, missing, device, dtype, seed, progress: as for `GPRegressor`.
@@ -319,25 +336,6 @@ class GPClassifier(ClassifierMixin, GPEstimator):
         self._take_in(x, labels.astype(np.float64), site, discount)
         return self
 
-    @torch.no_grad()
-    def predict_proba(self, X: Any) -> np.ndarray:
-        """Class probabilities [n, classes], in the order of classes_. Rows are taken some at a time."""
-        parts = []
-        for x in self._parts(X):
-            for rows in x.split(ROWS):
-                predictive: Any = self.posterior_.observed(rows)
-                parts.append(predictive.probs.cpu().numpy())
-        return np.concatenate(parts)
-
-    def predict_log_proba(self, X: Any) -> np.ndarray:
-        """Logarithms of `predict_proba`."""
-        return np.log(self.predict_proba(X))
-
-    def predict(self, X: Any) -> np.ndarray:
-        """The most probable class of every row."""
-        best = self.predict_proba(X).argmax(axis=1)
-        return self.classes_[best]
-
 
 def own_likelihood(given: GaussianLikelihood, outputs: int) -> GaussianLikelihood:
     """A copy in float64 with one noise an output; one given for all outputs starts them all."""
@@ -347,16 +345,14 @@ def own_likelihood(given: GaussianLikelihood, outputs: int) -> GaussianLikelihoo
             "likelihood has a noise that is fixed; this estimator learns it. Leave requires_grad on."
         )
     constraint = like.noise_covar.raw_noise_constraint
-    if math.isfinite(constraint.upper_bound) or constraint.lower_bound > 1e-4 or list(like.named_priors()):
+    if math.isfinite(constraint.upper_bound) or constraint.lower_bound > 1e-4:
         raise OptionError(
-            "likelihood has a prior or bounds on its noise, which this estimator would not keep; pass one without, "
-            "whose noise is where the fit starts."
+            "likelihood has bounds on its noise, which this estimator would not keep; pass one without, whose noise "
+            "is where the fit starts."
         )
     if like.noise.numel() not in (1, outputs):
         raise OptionError(
             f"likelihood has {like.noise.numel()} noise variances, but y has {outputs} outputs."
         )
-    noise = like.noise.detach().reshape(-1, 1).expand(outputs, 1).clone()
-    own = gaussian_likelihood(outputs, 0.1, torch.device("cpu"))
-    own.noise = noise.clamp(min=1.001 * MIN_NOISE)
-    return own
+    prior = getattr(like.noise_covar, "noise_prior", None)
+    return gaussian_likelihood(outputs, like.noise.detach().reshape(-1), torch.device("cpu"), prior)

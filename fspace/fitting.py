@@ -5,57 +5,39 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from gpytorch.kernels import Kernel
-from sklearn.base import BaseEstimator
 from torch import Tensor
 
 from fspace.data import TableEncoder
-from fspace.errors import DataError, NotFittedError, NumericalError, OptionError
+from fspace.errors import NotFittedError, NumericalError, OptionError
+from fspace.front import FunctionEstimator, slope_relevance
 from fspace.inference.candidates import Plan, fit_deep, fit_plain, input_scaling, named_kernel
 from fspace.inference.choice import Choice, choose
 from fspace.inference.gp import GPPosterior
 from fspace.inference.numerics import pick_device, pick_dtype
-from fspace.inference.source import AT_ONCE, Inputs, RowSource
+from fspace.inference.source import AT_ONCE, RowSource
 from fspace.inference.streaming import forget, take_in
-from fspace.interrupts import Interrupts, interrupts
 from fspace.kernels.deep import DeepKernel, embed, embedded_kernel
 from fspace.kernels.evaluate import covariance
-from fspace.posterior import FunctionPosterior, MixturePosterior, Predictive
-from fspace.predictive_base import check_seed
-from fspace.progress import progress
-from fspace.torch_data import unpacked
+from fspace.posterior import FunctionPosterior, MixturePosterior
+from fspace.predictive_base import check_seed, check_whole
 
 MOST_INDUCING = 2000
 KERNELS = ("auto", "deep", "matern", "rbf", "neural", "additive")
-CHUNK_VALUES = 2**20  # input values predicted at a time, so that memory does not grow with the rows
 
 
-class GPEstimator(BaseEstimator):
+class GPEstimator(FunctionEstimator):
     """Options and attributes that `GPRegressor` and `GPClassifier` have in common."""
 
     kernel: Any
     inducing: Any
     members: Any
-    categories: Any
-    missing: Any
-    device: Any
-    dtype: Any
-    seed: Any
-    progress: Any
-
-    def _encoded(self, X: Any) -> tuple[TableEncoder, Any]:
-        """The encoder that was fitted to X, and its rows (images and sequences as they came, perhaps from disk)."""
-        encoder = TableEncoder(self.categories, self.missing, owner=type(self).__name__)
-        x = encoder.fit_transform(X)
-        self._check_shape(x)
-        return encoder, x if x.ndim > 2 else np.asarray(x, dtype=np.float64)
 
     def _fit_plan(
         self,
@@ -70,9 +52,7 @@ class GPEstimator(BaseEstimator):
         """Fit what is modelled [n, t], y = shift + scale * that, and set the attributes of a fitted estimator."""
         device, dtype = pick_device(self.device), pick_dtype(self.dtype)
         tensor = lambda a: torch.tensor(a, dtype=torch.float64, device=device)  # noqa: E731
-        self.history_: list[dict[str, Any]] = []
-        self._interrupted_in: str | None = None
-        with interrupts() as held, progress("fitting", self.progress == "auto") as tell:
+        with self._recording() as record:
             plan = Plan(
                 x=tensor(x) if x.ndim == 2 else RowSource.of(x, device),
                 y=tensor(modelled),
@@ -82,32 +62,26 @@ class GPEstimator(BaseEstimator):
                 dtype=dtype,
                 seed=check_seed(self.seed),
                 tolerance=0.0 if self.inducing >= 1 else float(self.inducing),
-                record=self._recorder(tell, held),
+                record=record,
                 weight=None if weight is None else tensor(weight),
                 **settings,
             )
             choice = self._fit(plan, x)
-        if held.waiting:  # it came when all training was done
-            self._interrupted_in = self._interrupted_in or "the last steps"
         self.choice_ = choice.report
-        self.interrupted_ = self._interrupted_in is not None
         if self.interrupted_:
             warnings.warn(
                 f"Interrupted while fitting {self._interrupted_in}; the best state so far is kept "
                 f"({', '.join(self.choice_['weights'])}).",
                 stacklevel=3,
             )
-        self.encoder_ = encoder
-        self.n_features_in_ = encoder.n_features_in_
-        if hasattr(encoder, "feature_names_in_"):
-            self.feature_names_in_ = encoder.feature_names_in_
+        self._adopt(encoder)
         heaviest = choice.fits[int(choice.weights.argmax())]
         self.log_evidence_ = heaviest.log_evidence
         posteriors = [fit.posterior for fit in choice.fits]
         self.posterior_: FunctionPosterior = (
             posteriors[0] if len(posteriors) == 1 else MixturePosterior(posteriors, choice.weights.cpu())
         )
-        self.relevance_ = _relevance(self.posterior_, plan.x)
+        self.relevance_ = slope_relevance(self.posterior_, plan.x)
         largest = max(len(member.basis.inducing_inputs) for member in self._members())
         self.budget_ = max(plan.inducing, largest)
 
@@ -145,29 +119,10 @@ class GPEstimator(BaseEstimator):
         }
         return Choice(fits, weights, report)
 
-    def _recorder(self, tell: Callable[..., None], held: Interrupts) -> Callable[..., None]:
-        """What training calls at every step: keeps the history, lets Ctrl-C through, moves the progress bar."""
-
-        def record(**entry: Any) -> None:
-            tell(**entry)
-            if entry.get("interrupted") and self._interrupted_in is None:
-                self._interrupted_in = str(entry.get("stage", "the model"))
-            if "held_out" in entry:  # a score; a history holds losses
-                entry["heldout"] = -entry.pop("held_out")
-            self.history_.append({"step": len(self.history_), **entry})
-            held.check()
-
-        return record
-
     def _check_shape(self, x: Any) -> None:
         """Only a deep kernel whose extractor reads rows of this shape can be fitted to images and sequences."""
         deep = isinstance(self.kernel, DeepKernel)
         dims = self.kernel.input_dims if isinstance(self.kernel, DeepKernel) else 1
-        if x.ndim > 4:
-            raise DataError(
-                f"X has shape {list(x.shape)}; this estimator reads tables [n, columns], sequences [n, t, d] and "
-                "images [n, c, h, w]."
-            )
         if x.ndim > 2 and not deep:
             what = "images" if x.ndim == 4 else "sequences"
             example = "ConvNet(in_channels)" if x.ndim == 4 else "CausalConv(in_features)"
@@ -190,8 +145,7 @@ class GPEstimator(BaseEstimator):
             raise OptionError(f"kernel is a {type(self.kernel).__name__}; pass a name or a gpytorch kernel.")
         if self.progress is not False and self.progress != "auto":
             raise OptionError(f"progress={self.progress!r} does not exist; choose 'auto' or False.")
-        if not isinstance(self.members, int | np.integer) or self.members < 1:
-            raise OptionError(f"members={self.members!r} must be a whole number of at least 1.")
+        check_whole("members", self.members)
         check_seed(self.seed)
         share = isinstance(self.inducing, float | np.floating) and 0 < self.inducing < 1
         if not share and (not isinstance(self.inducing, int | np.integer) or self.inducing < 1):
@@ -199,18 +153,6 @@ class GPEstimator(BaseEstimator):
                 f"inducing={self.inducing!r} must be a whole number of at least 1, or a share of the prior variance "
                 "between 0 and 1 that may stay unexplained."
             )
-
-    def _parts(self, X: Any) -> Iterator[Tensor]:
-        """Encoded rows, some at a time."""
-        if not hasattr(self, "posterior_"):
-            raise NotFittedError(f"This {type(self).__name__} instance is not fitted yet. Call 'fit' first.")
-        for part in self.encoder_.batches(unpacked(X, ())[0], CHUNK_VALUES):
-            yield torch.tensor(part, dtype=torch.float64)
-
-    def predictive(self, X: Any) -> Predictive:
-        """Distribution of y at X [n, d]: mean, variance, log_prob, quantile, interval, samples."""
-        x = torch.cat(list(self._parts(X)))
-        return self.posterior_.observed(x)
 
     @property
     def sites_(self) -> dict[str, int]:
@@ -262,12 +204,6 @@ class GPEstimator(BaseEstimator):
             MixturePosterior(members, old.weights) if isinstance(old, MixturePosterior) else members[0]
         )
 
-    def save(self, path: str | Path) -> Path:
-        """Write the fitted model to one file (safetensors and JSON; nothing in it can run code)."""
-        from fspace.saving import save
-
-        return save(self, path)
-
 
 def check_kernel(kernel: Kernel, x: Tensor) -> None:
     """Raises OptionError for a kernel that gives no covariance of rows [k, d] (or images, sequences)."""
@@ -308,40 +244,3 @@ def channel_scaling(x: Any) -> dict[str, np.ndarray]:
     one = np.ones_like(shift)
     parts = {"unit": one, "power": one, "shift": shift, "scale": scale}
     return {name: part.reshape(shape) for name, part in parts.items()}
-
-
-def _relevance(posterior: FunctionPosterior, x: Inputs) -> np.ndarray:
-    """Share of each encoded column (or channel) in the function: root mean square of the mean's slope times the
-    column's spread. All NaN, with a warning, where a kernel has a slope that is not finite: predictions may be fine."""
-    pick = x[:: max(1, len(x) // 200)].clone().requires_grad_()
-    mean = posterior.latent(pick).mean.sum()
-    slope = (
-        torch.autograd.grad(mean, pick)[0] if mean.requires_grad else torch.zeros_like(pick[:1])
-    )  # a constant kernel
-    slope = torch.where(pick.isnan(), 0.0, slope)  # after the end of a short sequence there is no input
-    channel = 1 if x.ndim == 4 else x.ndim - 1
-    slopes = (
-        (slope * _spread(x if isinstance(x, Tensor) else pick.detach())).movedim(channel, -1).flatten(0, -2)
-    )
-    strange = (~slopes.isfinite()).any(dim=0)
-    if strange.any():
-        warnings.warn(
-            f"The kernel's slope in its inputs is not finite (encoded columns {strange.nonzero()[:, 0].tolist()}), so "
-            "relevance_ is NaN. Mend the kernel's gradient, or use relevance(model, X, y, method='permutation') from "
-            "fspace.interpret.",
-            stacklevel=4,
-        )
-        return np.full(slopes.shape[1], np.nan)
-    share = (slopes / slopes.abs().max().clamp(min=1e-300)).square().mean(dim=0).sqrt()
-    total = share.sum()
-    share = share / total if total > 0 else torch.full_like(share, 1.0 / len(share))
-    return share.cpu().numpy()
-
-
-def _spread(rows: Tensor) -> Tensor:
-    """Standard deviation over the rows; NaN after the end of a short sequence is no value."""
-    seen = ~rows.isnan()
-    count = seen.sum(dim=0)
-    mean = torch.where(seen, rows, 0.0).sum(dim=0) / count.clamp(min=1)
-    square = torch.where(seen, rows - mean, 0.0).square().sum(dim=0)
-    return (square / (count - 1).clamp(min=1)).sqrt()

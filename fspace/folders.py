@@ -7,10 +7,32 @@ import platform
 import shutil
 from pathlib import Path
 
-from fspace.errors import OptionError
+from fspace.errors import ModelFileError, OptionError
 
 DEFAULT_OUT = "fspace-out"
 MODEL, METRICS, PREDICTIONS, REPORT = "model.fspace", "metrics.json", "predictions.csv", "report.html"
+AMORTIZED = "model.amortized"
+LATENTS, RECONSTRUCTIONS, LOG_LIKELIHOOD = "latents", "reconstructions", "log_likelihood"  # with an ending
+RESULTS = (MODEL, METRICS, PREDICTIONS, REPORT, AMORTIZED) + tuple(
+    f"{name}.{ending}"
+    for name in (LATENTS, RECONSTRUCTIONS, LOG_LIKELIHOOD)
+    for ending in ("csv", "parquet", "npy")
+)
+
+
+def model_file(path: str) -> Path:
+    """A saved model, named by its file (with or without its ending) or by the folder that `fspace fit` wrote. Raises
+    ModelFileError where there is none."""
+    file = Path(path)
+    if file.is_dir() and (file / MODEL).exists():
+        file = file / MODEL
+    if not file.exists() and file.with_name(file.name + Path(MODEL).suffix).exists():
+        file = file.with_name(file.name + Path(MODEL).suffix)
+    if not file.exists():
+        raise ModelFileError(
+            f"There is no model {str(file)!r}; `fspace fit` writes one as {DEFAULT_OUT}/{MODEL}."
+        )
+    return file
 
 
 def choose_folder(out: str | None, overwrite: bool) -> Path:
@@ -53,15 +75,18 @@ def _next_free(folder: Path) -> Path:
 def unfinished(folder: Path) -> Path:
     """A new, empty folder beside the other for the files of this run; those of runs that were killed are removed.
 
-    Raises OSError where it cannot be made.
+    Made before the fit, so that nobody waits for results that then have no place. Raises OptionError where that fails.
     """
     prefix = f".{folder.name}.{platform.node()}."  # whether a run on another machine lives is not known here
-    for other in folder.absolute().parent.iterdir():
-        number = other.name.removeprefix(prefix)
-        if other.name.startswith(prefix) and number.isdecimal() and not _lives(int(number)):
-            shutil.rmtree(other, ignore_errors=True)
     part = folder.with_name(f"{prefix}{os.getpid()}")
-    part.mkdir()
+    try:
+        for other in folder.absolute().parent.iterdir():
+            number = other.name.removeprefix(prefix)
+            if other.name.startswith(prefix) and number.isdecimal() and not _lives(int(number)):
+                shutil.rmtree(other, ignore_errors=True)
+        part.mkdir()
+    except OSError as error:
+        raise OptionError(f"--out {folder}: the folder cannot be made ({error.strerror}).") from error
     return part
 
 
@@ -81,11 +106,14 @@ def _lives(process: int) -> bool:
 
 
 def publish(part: Path, folder: Path, out: str | None, overwrite: bool) -> Path:
-    """Move finished files to where they belong; another run may have taken the folder meanwhile."""
+    """Move finished files, if there are any, to where they belong; another run may have taken the folder meanwhile."""
+    if not any(part.iterdir()):
+        part.rmdir()
+        return folder
     if _taken(folder) and not overwrite:
         folder = _next_free(folder) if out is None else folder.with_name(f"{folder.name}-{os.getpid()}")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (MODEL, METRICS, PREDICTIONS, REPORT):  # no file of an earlier run beside those of this one
+    for name in RESULTS:  # no file of an earlier run beside those of this one
         earlier = folder / name
         if earlier.is_dir():
             shutil.rmtree(earlier)

@@ -20,7 +20,7 @@ def _normal_cdf(z: Tensor) -> Tensor:
 
 
 class Gaussian(Continuous):
-    """Jointly Gaussian values; outputs are independent of each other.
+    """Jointly Gaussian values; outputs are independent of each other (else: `Coregionalised`).
 
     Shapes: mean and variance y-shaped; covariance [n, n] or [t, n, n], or a function that computes it when it is
     asked for; aleatoric y-shaped, the part of the variance that is noise (None: none of it). outputs: 0 where y has
@@ -44,7 +44,7 @@ class Gaussian(Continuous):
 
     @property
     def covariance(self) -> Tensor:
-        """Joint covariance over the points: [n, n], or [t, n, n] with several outputs."""
+        """Joint covariance over the points: [n, n], or [t, n, n], that of each of several outputs."""
         if self._covariance is None:
             raise OptionError(
                 "This predictive was made without a joint covariance; only its marginals are known."
@@ -52,6 +52,13 @@ class Gaussian(Continuous):
         if not isinstance(self._covariance, Tensor):
             self._covariance = self._covariance()
         return self._covariance
+
+    @property
+    def joint_covariance(self) -> Tensor:
+        """Covariance over points and outputs together, [n t, n t]: the outputs of one point side by side."""
+        if self.outputs is None:
+            return self.covariance
+        return _side_by_side(torch.diag_embed(self.covariance.movedim(-3, -1), dim1=-3, dim2=-1))
 
     @property
     def epistemic(self) -> Tensor:
@@ -65,7 +72,8 @@ class Gaussian(Continuous):
         n, root = check_count(n), _root(self.covariance)
         generator = generator_for(seed, root.device)
         white = torch.randn(n, *root.shape[:-1], 1, generator=generator, dtype=root.dtype, device=root.device)
-        values = (root @ white)[..., 0]
+        # one product for all n: a product for each would hold n copies of the root
+        values = (root @ white[..., 0].movedim(0, -1)).movedim(-1, 0)
         return self.mean + (values.mT if self.outputs is not None else values)
 
     def log_prob(self, y: Any) -> Tensor:
@@ -75,6 +83,11 @@ class Gaussian(Continuous):
         density = -0.5 * (2 * math.pi * variance).log() - 0.5 * error.square() / variance
         at_mean = torch.where(error == 0, math.inf, torch.where(error.isnan(), math.nan, -math.inf))
         return torch.where(known, at_mean.to(density), density)
+
+    def row_log_prob(self, y: Any) -> Tensor:
+        """Log density of all outputs of one point together, at every point: [n]."""
+        value = self.log_prob(y)
+        return value if self.outputs is None else value.sum(-1)
 
     def joint_log_prob(self, y: Any) -> Tensor:
         """Log density of all points and outputs together: a scalar, or one a batch.
@@ -120,6 +133,65 @@ class Gaussian(Continuous):
             None if self._aleatoric is None else self._aleatoric * square,
             self.outputs or 0,
         )
+
+
+class Coregionalised(Gaussian):
+    """Jointly Gaussian values whose outputs depend on each other: shift + mixing h, where the entries of h do not.
+
+    Shapes: rotated is h, [n, t]; mixing [t, t], invertible; shift [t]. What `Gaussian` says of single outputs is that
+    of theirs here; samples, `row_log_prob`, `joint_log_prob` and `joint_covariance` are joint over the outputs too.
+    """
+
+    def __init__(self, rotated: Gaussian, mixing: Tensor, shift: Tensor):
+        self.rotated, self.mixing, self.shift = rotated, mixing, shift
+        shares = mixing.square().mT
+
+        def covariance() -> Tensor:
+            return torch.einsum("kt,...knm->...tnm", shares, rotated.covariance)
+
+        super().__init__(
+            rotated.mean @ mixing.mT + shift,
+            rotated.variance @ shares,
+            covariance,
+            rotated.aleatoric @ shares,
+            outputs=len(mixing),
+        )
+
+    @property
+    def joint_covariance(self) -> Tensor:
+        """Covariance over points and outputs together, [n t, n t]: the outputs of one point side by side."""
+        blocks = torch.einsum("sk,tk,...knm->...nsmt", self.mixing, self.mixing, self.rotated.covariance)
+        return _side_by_side(blocks)
+
+    def rsample(self, n: int = 1, seed: int | None = None) -> Tensor:
+        return self.rotated.rsample(n, seed) @ self.mixing.mT + self.shift
+
+    def row_log_prob(self, y: Any) -> Tensor:
+        """Log density of all outputs of one point together, at every point: [n]."""
+        return self.rotated.row_log_prob(self._rotate(y)) - self._log_volume
+
+    def joint_log_prob(self, y: Any) -> Tensor:
+        """Log density of all points and outputs together: a scalar, or one a batch. Raises NumericalError where there
+        is none."""
+        return self.rotated.joint_log_prob(self._rotate(y)) - self.mean.shape[-2] * self._log_volume
+
+    def affine(self, loc: Tensor | float, scale: Tensor | float) -> Coregionalised:
+        """The same distribution for scale * y + loc (scalars, or one an output)."""
+        factor = torch.as_tensor(scale, dtype=self.mean.dtype, device=self.mean.device)
+        return Coregionalised(self.rotated, factor[..., None] * self.mixing, self.shift * factor + loc)
+
+    @property
+    def _log_volume(self) -> Tensor:
+        return torch.linalg.slogdet(self.mixing)[1]
+
+    def _rotate(self, y: Any) -> Tensor:
+        error = (self._check(y) - self.shift).expand_as(self.mean)
+        return torch.linalg.solve(self.mixing, error.mT).mT
+
+
+def _side_by_side(blocks: Tensor) -> Tensor:
+    """[..., n, t, n, t] as a matrix [..., n t, n t]."""
+    return blocks.flatten(-2, -1).flatten(-3, -2)
 
 
 def _root(covariance: Tensor) -> Tensor:
@@ -176,6 +248,17 @@ class Mixture(Continuous):
         return self._average([c.aleatoric for c in self.components])
 
     @property
+    def joint_covariance(self) -> Tensor:
+        """Covariance over points and outputs together, [n t, n t]: the outputs of one point side by side, spread of the
+        components' means included."""
+        if self.outputs is None:
+            return self.covariance
+        shifts = [(c.mean - self.mean).flatten(-2) for c in self.components]
+        return self._average(
+            [c.joint_covariance + s[..., :, None] * s[..., None, :] for c, s in zip(self.components, shifts)]
+        )
+
+    @property
     def covariance(self) -> Tensor:
         """Joint covariance over the points, spread of the components' means included."""
         mean = self.mean
@@ -202,6 +285,10 @@ class Mixture(Continuous):
     def log_prob(self, y: Any) -> Tensor:
         y = self._check(y)
         return self._log_average([c.log_prob(y) for c in self.components])
+
+    def row_log_prob(self, y: Any) -> Tensor:
+        """Log density of all outputs of one point together (the mixture's), at every point: [n]."""
+        return self._log_average([c.row_log_prob(y) for c in self.components])
 
     def joint_log_prob(self, y: Any) -> Tensor:
         """Log density of all points and outputs together (the mixture's): a scalar, or one a batch."""

@@ -10,7 +10,7 @@ from gpytorch.kernels import AdditiveKernel, Kernel, ScaleKernel
 from torch import Tensor
 
 from fspace.errors import NotFittedError, NumericalError, OptionError
-from fspace.gaussians import Gaussian
+from fspace.gaussians import Coregionalised, Gaussian
 from fspace.inference.gp import GPPosterior
 from fspace.inference.numerics import solve_lower
 from fspace.kernels.deep import SplitKernel, embedded_kernel
@@ -118,7 +118,9 @@ def components(posterior: GPPosterior, x: Any) -> dict[str, Gaussian]:
         )
     basis, site = posterior.basis, posterior.site
     z = posterior.embedded(posterior.numbers(x, "x"))
-    scale = posterior.scaling.y_scale
+    mixing, scale = posterior.scaling.mixing, posterior.scaling.y_scale
+    if mixing is not None:  # at first in the units of what is modelled
+        scale = torch.ones_like(scale)
     found = {}
     with torch.no_grad():
         eye = torch.eye(site.shift.shape[-1], dtype=torch.float64, device=z.device)
@@ -135,6 +137,8 @@ def components(posterior: GPPosterior, x: Any) -> dict[str, Gaussian]:
             found[name] = (
                 Gaussian(mean[0], variance[0]) if posterior.vector else Gaussian(mean.mT, variance.mT)
             )
+            if mixing is not None:
+                found[name] = Coregionalised(found[name], posterior.scaling.units, torch.zeros_like(scale))
     return found
 
 

@@ -35,6 +35,16 @@ def check_seed(seed: Any) -> int:
     return int(seed)
 
 
+def check_whole(name: str, value: Any, least: int = 1) -> int:
+    """An option as an int. Raises OptionError, with its name, unless it is a whole number of at least `least` and
+    below 2^63, beyond which arrays count no further."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        raise OptionError(f"{name}={value!r} must be a whole number of at least {least}.")
+    if value >= 2**63:
+        raise OptionError(f"{name} is {float(min(value, 10**300)):.3g} or more; it must be below 2^63.")
+    return int(value)
+
+
 def check_count(n: Any, least: int = 0) -> int:
     """How many draws. Raises OptionError unless n is a whole number of at least `least`."""
     if not isinstance(n, int | np.integer) or isinstance(n, bool) or n < least:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -15,6 +12,8 @@ import numpy as np
 
 from . import class_plots, plots
 from .canvas import array
+from .page import NARROW, PAGE, STYLE, WIDE, captions_once, figure, grid
+from .report_outputs import correlations_of_outputs
 from .scores import (
     CLASS_SCORES,
     SCORES,
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 MOST_INPUTS = 3  # function draws along so many of the most relevant inputs
 MOST_OUTPUTS = 4  # of a multi-output model, so many are drawn
-WIDE, NARROW = (6.4, 4.6), (5.2, 4.0)  # inches: where two, and where three figures are in a row
 MOST_ROWS = 2_000  # rows from which the typical row and the ranges of the inputs are taken
 
 CAPTIONS = {
@@ -141,12 +139,12 @@ def report_html(
         if len(targets) == 1:
             parts.append(_cards(scores[0]) + "<h2>How good are the predictions?</h2>")
             figures = _diagnostics(y, predictive, 0, targets[0])
-            parts.append(_grid([*figures, f"<figure>{table}</figure>"]))
+            parts.append(grid([*figures, f"<figure>{table}</figure>"]))
         else:
             parts.append("<h2>How good are the predictions?</h2>" + table)
             for k, target in enumerate(targets[:MOST_OUTPUTS]):
                 figures = _diagnostics(y, predictive, k, target, NARROW)
-                parts.append(f"<h2>{escape(target)}</h2>" + _grid(figures, "trio"))
+                parts.append(f"<h2>{escape(target)}</h2>" + grid(figures, "trio"))
         if len(targets) > MOST_OUTPUTS:
             parts.append(f"<p class='note'>The first {MOST_OUTPUTS} of {len(targets)} outputs are drawn.</p>")
     else:
@@ -155,12 +153,14 @@ def report_html(
             "its predictions.</p>"
         )
     parts.append(_learnt(model, X_train if X_train is not None else X, targets))
+    if not of_classes:
+        parts.append(correlations_of_outputs(model, targets, y, predictive))
     parts.append("<h2>How was it fitted?</h2>" + _choice_table(getattr(model, "choice_", None)))
     history = list(getattr(model, "history_", None) or [])
     if history:
-        parts.append(_grid([_figure("training", plots.training_curve, history)]))
+        parts.append(grid([_figure("training", plots.training_curve, history)]))
     parts.append(_facts_table(model, facts))
-    body = _captions_once("\n".join(part for part in parts if part))
+    body = captions_once("\n".join(part for part in parts if part))
     return PAGE.format(title=escape(title), style=STYLE, body=body)
 
 
@@ -179,7 +179,7 @@ def _class_sections(model: Any, labels: Any, predictive: Any, labels_train: Any)
     ]
     cards = _cards(scores, ("accuracy", "log_likelihood", "brier", "ece"), CLASS_SCORES)
     heading = "<h2>How good are the predictions?</h2>"
-    return cards + heading + _grid([*figures, f"<figure>{table}</figure>"])
+    return cards + heading + grid([*figures, f"<figure>{table}</figure>"])
 
 
 def _lead(n: int, y_train: Any, facts: Mapping[str, Any] | None) -> str:
@@ -261,14 +261,14 @@ def _learnt(model: Any, X: Any, targets: Sequence[str]) -> str:
     size = WIDE if len(targets) == 1 else NARROW
     if hasattr(model, "classes_"):
         figures += [_figure("probability", class_plots.probability_along, model, rows, i) for i in order]
-        return "<h2>What did it learn?</h2>" + _grid(figures)
+        return "<h2>What did it learn?</h2>" + grid(figures)
     draws = [
         [_figure("draws", plots.draws_along, model, rows, i, output=k, name=target, size=size) for i in order]
         for k, target in enumerate(targets[:MOST_OUTPUTS])
     ]
     if len(targets) == 1:
-        return "<h2>What did it learn?</h2>" + _grid(figures + draws[0])
-    return "<h2>What did it learn?</h2>" + _grid(figures) + "".join(_grid(row, "trio") for row in draws)
+        return "<h2>What did it learn?</h2>" + grid(figures + draws[0])
+    return "<h2>What did it learn?</h2>" + grid(figures) + "".join(grid(row, "trio") for row in draws)
 
 
 def input_relevance(encoder: Any, values: np.ndarray) -> np.ndarray:
@@ -330,97 +330,5 @@ def _some_rows(X: Any) -> Any:
     return X.iloc[keep] if hasattr(X, "iloc") else X[keep]
 
 
-# ---- figures ---------------------------------------------------------------------------------------
-
-
-def _figure(
-    caption: str, draw: Callable[..., Axes], *args: Any, size: tuple[float, float] = WIDE, **options: Any
-) -> str:
-    """One picture inside the page, sharp on dense screens, with its reading aid."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    ax = draw(*args, ax=figure.add_subplot(), **options)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    picture = base64.b64encode(buffer.getvalue()).decode("ascii")
-    alt = escape(ax.get_title(loc="left"), quote=True)
-    image = f"<img alt='{alt}' src='data:image/png;base64,{picture}'>"
-    return f"<figure>{image}<figcaption>{CAPTIONS[caption]}</figcaption></figure>"
-
-
-def _grid(figures: Sequence[str], kind: str = "grid") -> str:
-    return f"<div class='{kind}'>{''.join(figures)}</div>"
-
-
-def _captions_once(body: str) -> str:
-    """The page without the captions that it already has further up."""
-    seen: set[str] = set()
-
-    def first(caption: re.Match[str]) -> str:
-        again = caption[0] in seen
-        seen.add(caption[0])
-        return "" if again else caption[0]
-
-    return re.sub(r"<figcaption>.*?</figcaption>", first, body)
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-<footer>Made by fspace. This page needs no network: every picture is inside the file.</footer>
-</main>
-</body>
-</html>
-"""
-
-STYLE = """
-:root { --ink: #1f2933; --soft: #52606d; --line: #e4e9ee; --blue: #2f6690; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f4f6f8; color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 40px 28px 60px; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
-h2 { font-size: 1.25rem; margin: 2.4rem 0 .8rem; }
-.lead { color: var(--soft); font-size: 1.05rem; margin: 0 0 1.4rem; }
-.note { color: var(--soft); font-size: .88rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 14px; }
-.card { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 16px 18px;
-  color: var(--soft); font-size: .9rem; }
-.card .value { font-size: 1.65rem; font-weight: 650; color: var(--blue); letter-spacing: -.02em; }
-.grid, .trio { display: grid; gap: 18px; }
-.grid { grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); }
-.grid + .trio, .trio + .trio { margin-top: 18px; }
-.trio { grid-template-columns: repeat(auto-fit, minmax(min(330px, 100%), 1fr)); }
-figure .wide { border: 0; padding: 0 6px; margin: 0; }
-figure .note { padding: 0 6px; }
-figure { margin: 0; background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 14px; }
-figure img { width: 100%; max-width: 680px; height: auto; display: block; margin: 0 auto; }
-figcaption { color: var(--soft); font-size: .86rem; line-height: 1.45; padding: 10px 4px 0; }
-.wide { overflow-x: auto; background: #fff; border: 1px solid var(--line); border-radius: 12px;
-  padding: 6px 18px; margin-bottom: 14px; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: 8px 12px; border-bottom: 1px solid var(--line); font-weight: 400; }
-tr:last-child > * { border-bottom: 0; }
-tr > th:first-child { text-align: left; color: var(--soft); padding-left: 0; }
-tr:first-child > th { color: var(--soft); font-size: .86rem; }
-.dim { color: #8a94a0; }
-.facts td { text-align: left; overflow-wrap: anywhere; }
-.facts tr:first-child > th { font-size: inherit; }
-.chosen > * { font-weight: 650; color: var(--blue) !important; }
-.bar { width: 45%; }
-.bar span { display: block; height: 10px; border-radius: 5px; background: #a9c8de; }
-.chosen .bar span { background: var(--blue); }
-details { margin-top: 18px; }
-summary { cursor: pointer; color: var(--soft); margin-bottom: 10px; }
-footer { margin-top: 48px; color: #8a94a0; font-size: .82rem; }
-@media print { body { background: #fff; } figure { break-inside: avoid; } }
-"""
+def _figure(caption: str, draw: Callable[..., Axes], *args: Any, **options: Any) -> str:
+    return figure(CAPTIONS[caption], draw, *args, **options)

@@ -23,16 +23,16 @@ import torch
 from fspace.canvas import column_of
 from fspace.columns import suggest
 from fspace.data import TableEncoder, check_target, load_diabetes_table, read_table, split_target, write_table
-from fspace.errors import DataError, ModelFileError, OptionError
+from fspace.errors import DataError, OptionError
 from fspace.estimators import GAUSSIAN, LIKELIHOODS, GPClassifier, GPRegressor
 from fspace.fitting import GPEstimator
 from fspace.folders import (
-    DEFAULT_OUT,
     METRICS,
     MODEL,
     PREDICTIONS,
     REPORT,
     choose_folder,
+    model_file,
     publish,
     unfinished,
 )
@@ -79,17 +79,17 @@ def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
         (folder / name).resolve() for name in (MODEL, METRICS, PREDICTIONS, REPORT)
     ]:
         raise OptionError(f"--out {folder}: the results would replace {run.data}, which they are made from.")
-    inputs, target, source = _load(run)
+    inputs, target, source = load_columns(run)
     classes: np.ndarray | None = None
     if run.task == "classification":
         if target.shape[1] > 1:
             raise OptionError("A classification has one --target; fit several classes of labels one by one.")
-        for option in ("inference", "likelihood"):
-            if run.options.get(option, "auto") != "auto":
+        for option in ("inference", "likelihood", "outputs"):
+            if run.options.get(option, "auto") not in ("auto", "independent"):
                 raise OptionError(f"--{option} is for regressions; leave it out with --task classification.")
         classes, y = check_labels(target.iloc[:, 0], len(target))
     else:
-        y = _numbers(target)
+        y = target_numbers(target)
         likelihood = str(run.options.get("likelihood", "auto"))
         if likelihood in LIKELIHOODS and likelihood in NAMED:
             check_support(y.reshape(len(y), -1), NAMED[likelihood](), y.ndim == 1)
@@ -100,10 +100,7 @@ def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
     estimator = GPRegressor if classes is None else GPClassifier
     own = {k: v for k, v in run.options.items() if k in estimator().get_params()}
     model = estimator(categories=list(run.categorical) or None, progress=False if quiet else "auto", **own)
-    try:  # before the fit, so that nobody waits for results that then have no place
-        part = unfinished(folder)
-    except OSError as error:
-        raise OptionError(f"--out {folder}: the folder cannot be made ({error.strerror}).") from error
+    part = unfinished(folder)
     try:
         started = time.perf_counter()
         model.fit(inputs.iloc[train], (target.iloc[:, 0] if target.shape[1] == 1 else target).iloc[train])
@@ -111,10 +108,7 @@ def fit_table(run: FitRun, quiet: bool = False) -> dict[str, Any]:
         with progress("measuring and writing the results", not quiet):
             results = _write(part, run, model, seconds, inputs, y, target, source, train, test)
     finally:  # whatever was written is kept, also where a later file failed
-        if any(part.iterdir()):
-            folder = publish(part, folder, run.out, run.overwrite)
-        else:
-            part.rmdir()
+        folder = publish(part, folder, run.out, run.overwrite)
     results["files"] = {
         kind: str(folder / name)
         for kind, name in (
@@ -259,16 +253,7 @@ def load_model(path: str) -> Any:
     """The estimator in a file, or in a folder that `fspace fit` wrote. Raises ModelFileError."""
     from fspace.saving import load
 
-    file = Path(path)
-    if file.is_dir() and (file / MODEL).exists():
-        file = file / MODEL
-    if not file.exists() and file.with_name(file.name + Path(MODEL).suffix).exists():
-        file = file.with_name(file.name + Path(MODEL).suffix)
-    if not file.exists():
-        raise ModelFileError(
-            f"There is no model {str(file)!r}; `fspace fit` writes one as {DEFAULT_OUT}/{MODEL}."
-        )
-    return load(file)
+    return load(model_file(path))
 
 
 def describe_likelihood(results: dict[str, Any]) -> str:
@@ -301,7 +286,7 @@ def to_json(results: dict[str, Any]) -> str:
 # ---- the table ---------------------------------------------------------------------------------
 
 
-def _load(run: FitRun) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+def load_columns(run: FitRun) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     """Inputs, targets, and where they come from. Categories know the levels of the whole file."""
     if run.data is None:
         table, source = load_diabetes_table(), "scikit-learn's diabetes table"
@@ -395,7 +380,7 @@ def _options(model: GPEstimator, run: FitRun) -> dict[str, Any]:
     return {name: value for name, value in run.options.items() if name in model.get_params()}
 
 
-def _numbers(target: pd.DataFrame) -> np.ndarray:
+def target_numbers(target: pd.DataFrame) -> np.ndarray:
     """Targets of a regression, [n] or [n, t]."""
     y = check_target(target)
     return y[:, 0] if y.shape[1] == 1 else y

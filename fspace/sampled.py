@@ -60,6 +60,13 @@ class Samples(Continuous):
     def aleatoric(self) -> Tensor:
         return torch.zeros_like(self.mean) if self.noise is None else self.noise.mean(0)
 
+    @property
+    def covariance(self) -> Tensor:
+        """Joint covariance over the points, noise included: [n, n], or [t, n, n], that of each of several outputs."""
+        centred = (self.values - self.mean).movedim(1, -1)  # [s, (t,) n]
+        spread = torch.einsum("s...n,s...m->...nm", centred, centred) / len(centred)
+        return spread + torch.diag_embed(self.aleatoric.movedim(0, -1))
+
     def rsample(self, n: int = 1, seed: int | None = None) -> Tensor:
         generator = generator_for(seed, self.values.device)
         count = (check_count(n),)

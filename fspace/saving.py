@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import dataclasses
 import json
 import os
-import uuid
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,14 +15,14 @@ import numpy as np
 import torch
 from gpytorch.constraints import Positive
 from gpytorch.likelihoods import GaussianLikelihood, Likelihood
-from safetensors.torch import load as read_tensors
-from safetensors.torch import save as write_tensors
 
 from fspace import __version__
+from fspace.archive import read_archive, write_archive
 from fspace.data import TableEncoder
 from fspace.errors import ModelFileError, NotFittedError
 from fspace.estimators import GPClassifier, GPRegressor
 from fspace.fitting import GPEstimator
+from fspace.front import FunctionEstimator
 from fspace.inference.basis import Basis, Site
 from fspace.inference.gp import GPPosterior, Scaling
 from fspace.inference.likelihoods import (
@@ -38,16 +36,33 @@ from fspace.inference.noise import NoiseFunction
 from fspace.inference.nongaussian import posterior_of
 from fspace.inference.numerics import pick_device
 from fspace.inference.optimise import gaussian_likelihood
-from fspace.kernels.describe import kernel_from_spec, kernel_to_spec
+from fspace.inference.weights import GaussianPrior, Method
+from fspace.kernels.describe import (
+    kernel_from_spec,
+    kernel_to_spec,
+    module_to_spec,
+    prior_from_spec,
+    prior_to_spec,
+)
+from fspace.network_estimators import BNNClassifier, BNNEstimator, BNNRegressor
+from fspace.network_saving import (
+    describe_networks,
+    method_from_spec,
+    method_to_spec,
+    read_module,
+    read_networks,
+)
 from fspace.posterior import MixturePosterior
 
 FORMAT = 2
-ESTIMATORS: dict[str, type[GPEstimator]] = {"GPRegressor": GPRegressor, "GPClassifier": GPClassifier}
+ESTIMATORS: dict[str, type[FunctionEstimator]] = {
+    kind.__name__: kind for kind in (GPRegressor, GPClassifier, BNNRegressor, BNNClassifier)
+}
 JOINED = "data+held out"  # what the first site of a sparse posterior was called at first
 SCALING = ("unit", "power", "shift", "scale", "y_shift", "y_scale")
 
 
-def save(model: GPEstimator, path: str | Path) -> Path:
+def save(model: FunctionEstimator, path: str | Path) -> Path:
     """Write a fitted estimator to `path`, in full or not at all. Raises NotFittedError, ModelFileError."""
     if not hasattr(model, "posterior_"):
         raise NotFittedError(
@@ -56,13 +71,7 @@ def save(model: GPEstimator, path: str | Path) -> Path:
     path = Path(path)
     if os.path.isdir(path) or not path.name:  # pathlib's raises for names that are too long
         raise ModelFileError(f"{str(path)!r} is a folder; name the file to write in it.")
-    posterior = model.posterior_
-    members = posterior.members if isinstance(posterior, MixturePosterior) else [posterior]
     tensors: dict[str, torch.Tensor] = {}
-    specs = []
-    for i, member in enumerate(members):
-        assert isinstance(member, GPPosterior)
-        specs.append(_describe(member, f"{i}.", tensors))
     options = {k: _option(k, v, tensors) for k, v in model.get_params(deep=False).items()}
     header = {
         "format": FORMAT,
@@ -70,36 +79,39 @@ def save(model: GPEstimator, path: str | Path) -> Path:
         "estimator": type(model).__name__,
         "options": options,
         "encoder": model.encoder_.state(),
-        "members": specs,
-        "weights": posterior.weights.tolist() if isinstance(posterior, MixturePosterior) else None,
-        "log_evidence": model.log_evidence_,
         "history": model.history_,
-        "choice": model.choice_,
         "relevance": model.relevance_.tolist(),
         "target_names": model.target_names_,
         "interrupted": model.interrupted_,
-        "budget": model.budget_,
-        "classes": _classes_to_json(model.classes_) if isinstance(model, GPClassifier) else None,
+        "classes": classes_to_json(model.classes_) if hasattr(model, "classes_") else None,
     }
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    content = json.dumps(header, default=_plain), write_tensors(tensors)
-    unfinished = path.with_name(
-        f".{uuid.uuid4().hex[:8]}.part"
-    )  # a name of its own: two may save to one path
-    try:
-        with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:
-            archive.writestr("model.json", content[0])
-            archive.writestr("model.safetensors", content[1])
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise ModelFileError(f"{str(path)!r} cannot be written: {error.strerror}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+    if isinstance(model, GPEstimator):
+        header |= _gp_header(model, tensors)
+    elif isinstance(model, BNNEstimator):
+        header |= describe_networks(model, tensors)
+    write_archive(path, "model", json.dumps(header, default=_plain), tensors, repr(str(path)))
     return path
 
 
-def _classes_to_json(classes: np.ndarray) -> dict[str, Any]:
+def _gp_header(model: GPEstimator, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What only Gaussian processes have; numbers of the members go to `tensors`."""
+    posterior = model.posterior_
+    members = posterior.members if isinstance(posterior, MixturePosterior) else [posterior]
+    specs = []
+    for i, member in enumerate(members):
+        assert isinstance(member, GPPosterior)
+        specs.append(_describe(member, f"{i}.", tensors))
+    return {
+        "members": specs,
+        "weights": posterior.weights.tolist() if isinstance(posterior, MixturePosterior) else None,
+        "log_evidence": model.log_evidence_,
+        "choice": model.choice_,
+        "budget": model.budget_,
+    }
+
+
+def classes_to_json(classes: np.ndarray) -> dict[str, Any]:
+    """Labels of any kind as JSON."""
     dtype = "object" if classes.dtype.kind == "O" else classes.dtype.str
     dates = (
         classes.dtype.kind in "mM"
@@ -107,7 +119,8 @@ def _classes_to_json(classes: np.ndarray) -> dict[str, Any]:
     return {"values": classes.view(np.int64).tolist() if dates else classes.tolist(), "dtype": dtype}
 
 
-def _classes_from_json(saved: Mapping[str, Any]) -> np.ndarray:
+def classes_from_json(saved: Mapping[str, Any]) -> np.ndarray:
+    """What `classes_to_json` wrote."""
     dtype = np.dtype(saved["dtype"])
     if dtype.kind in "mM":
         return np.array(saved["values"], dtype=np.int64).view(dtype)
@@ -127,10 +140,23 @@ def _option(name: str, value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return {"kernel": kernel_to_spec(value), "fixed": fixed}
     if isinstance(value, GaussianLikelihood):
         tensors[f"option.{name}.noise"] = value.noise
-        return {"noise": list(value.noise.shape)}
+        prior = getattr(value.noise_covar, "noise_prior", None)
+        described = (
+            {} if prior is None else {"prior": prior_to_spec(prior, "noise_prior", " of the likelihood")}
+        )
+        return {"noise": list(value.noise.shape), **described}
     if isinstance(value, Likelihood):
         tensors |= {f"option.{name}.{k}": v for k, v in value.state_dict().items()}
         return likelihood_to_spec(value)
+    if isinstance(value, torch.nn.Module):  # a network
+        tensors |= {f"option.{name}.{k}": v for k, v in value.state_dict().items()}
+        return {"module": module_to_spec(value, name)}
+    if isinstance(value, Method):
+        return {"method": method_to_spec(value)}
+    if isinstance(value, tuple):
+        return {"tuple": list(value)}
+    if isinstance(value, GaussianPrior):
+        return {"weight_prior": dataclasses.asdict(value)}
     if isinstance(value, dict):  # JSON would make text of keys that are labels
         return {"items": [[_plain_label(key), item] for key, item in value.items()]}
     return value
@@ -150,8 +176,19 @@ def _read_option(
         for parameter in value["fixed"]:
             kernel.get_parameter(parameter).requires_grad_(False)
         return kernel.train()
+    if isinstance(value, dict) and "module" in value:
+        return read_module(value["module"], own, modules)
+    if isinstance(value, dict) and "method" in value:
+        return method_from_spec(value["method"])
+    if isinstance(value, dict) and "tuple" in value:
+        return tuple(value["tuple"])
+    if isinstance(value, dict) and "weight_prior" in value:
+        return GaussianPrior(**value["weight_prior"])
     if isinstance(value, dict) and "noise" in value:
-        likelihood = GaussianLikelihood(noise_constraint=Positive(), batch_shape=own["noise"].shape[:-1])
+        prior = prior_from_spec(value["prior"]) if "prior" in value else None
+        likelihood = GaussianLikelihood(
+            noise_prior=prior, noise_constraint=Positive(), batch_shape=own["noise"].shape[:-1]
+        )
         likelihood.to(own["noise"].dtype).noise = own["noise"]
         return likelihood
     if isinstance(value, dict) and "items" in value:
@@ -212,6 +249,8 @@ def describe_basis(
     if basis.noise_function is not None:
         tensors |= {f"{prefix}noise_function.{k}": v for k, v in basis.noise_function.state_dict().items()}
     tensors |= {f"{prefix}scaling.{k}": getattr(scaling, k) for k in SCALING}
+    if scaling.mixing is not None:
+        tensors[f"{prefix}scaling.mixing"] = scaling.mixing
     tensors[f"{prefix}inducing_inputs"] = basis.inducing_inputs
     return {
         "kernel": kernel_to_spec(basis.kernel),
@@ -231,16 +270,8 @@ def load(path: str | Path, device: str = "auto", modules: Mapping[str, torch.nn.
     or foreign, and where such a module is needed or does not fit.
     """
     path, where = Path(path), pick_device(device)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            header = json.loads(archive.read("model.json"))
-            tensors = read_tensors(archive.read("model.safetensors"))
-    except FileNotFoundError as error:
-        raise ModelFileError(f"{path}: no such file.") from error
-    except Exception as error:  # zipfile, json and safetensors each raise their own kinds for damaged bytes
-        raise ModelFileError(
-            f"{path} is not a model that fspace saved, or it is damaged ({error})."
-        ) from error
+    foreign = f"{path} is not a model that fspace saved, or it is damaged"
+    header, tensors = read_archive(path, "model", foreign)
     try:
         if header["format"] != FORMAT:
             raise ModelFileError(
@@ -250,26 +281,16 @@ def load(path: str | Path, device: str = "auto", modules: Mapping[str, torch.nn.
             **{k: _read_option(k, v, tensors, modules) for k, v in header["options"].items()}
         )
         model.encoder_ = TableEncoder.from_state(header["encoder"])
-        members = [
-            _member(
-                spec,
-                {k.partition(".")[2]: v.to(where) for k, v in tensors.items() if k.startswith(f"{i}.")},
-                modules,
-            )
-            for i, spec in enumerate(header["members"])
-        ]
-        model.posterior_ = (
-            members[0] if header["weights"] is None else MixturePosterior(members, header["weights"])
-        )
-        model.log_evidence_ = header["log_evidence"]
-        model.history_, model.choice_ = header["history"], header["choice"]
+        model.history_ = header["history"]
         model.target_names_, model.interrupted_ = header["target_names"], header["interrupted"]
-        model.budget_ = int(header["budget"])
         model.relevance_ = torch.tensor(header["relevance"], dtype=torch.float64).numpy()
-        if isinstance(model, GPClassifier):
-            model.classes_ = _classes_from_json(header["classes"])
-            like = members[0].basis.likelihood
-            known = (like.classes or 2) if isinstance(like, OffsetLikelihood) else 0
+        if isinstance(model, GPEstimator):
+            known = _read_gp(model, header, tensors, modules, where)
+        else:
+            assert isinstance(model, BNNEstimator)
+            known = read_networks(model, header, tensors, modules, where)
+        if isinstance(model, GPClassifier | BNNClassifier):
+            model.classes_ = classes_from_json(header["classes"])
             if len(model.classes_) != known:
                 raise ModelFileError(
                     f"{path} names {len(model.classes_)} classes, but its model is of {known}."
@@ -282,6 +303,31 @@ def load(path: str | Path, device: str = "auto", modules: Mapping[str, torch.nn.
             raise
         raise ModelFileError(f"{path} is a damaged fspace model: {type(error).__name__}: {error}") from error
     return model
+
+
+def _read_gp(
+    model: GPEstimator,
+    header: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    modules: Mapping[str, torch.nn.Module] | None,
+    where: torch.device,
+) -> int:
+    """The attributes that only Gaussian processes have; returns how many classes the model is of (0: none)."""
+    members = [
+        _member(
+            spec,
+            {k.partition(".")[2]: v.to(where) for k, v in tensors.items() if k.startswith(f"{i}.")},
+            modules,
+        )
+        for i, spec in enumerate(header["members"])
+    ]
+    model.posterior_ = (
+        members[0] if header["weights"] is None else MixturePosterior(members, header["weights"])
+    )
+    model.log_evidence_, model.choice_ = header["log_evidence"], header["choice"]
+    model.budget_ = int(header["budget"])
+    like = members[0].basis.likelihood
+    return (like.classes or 2) if isinstance(like, OffsetLikelihood) else 0
 
 
 def _member(
@@ -318,7 +364,13 @@ def read_basis(
     basis = Basis(kernel, tensors["inducing_inputs"], likelihood, noise_function)
     if basis.id != spec["basis_id"]:
         raise ModelFileError("A saved parameter differs from what was saved (the basis has another id).")
-    return basis, Scaling(**_part(tensors, "scaling"))
+    scaling = _part(tensors, "scaling")
+    mixing, t = scaling.get("mixing"), spec["outputs"]
+    if mixing is not None and not (
+        mixing.shape == (t, t) and bool(torch.linalg.slogdet(mixing)[1].isfinite())
+    ):
+        raise ModelFileError(f"The saved mixing of the outputs is no invertible {t} x {t} matrix.")
+    return basis, Scaling(**scaling)
 
 
 def _part(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .canvas import array, column_of, like, same_length
+from .compare import metrics
 
 # In the order of tables: key, what a reader calls it, whether more is better (None: should equal the level).
 SCORES: tuple[tuple[str, str, bool | None], ...] = (
@@ -25,7 +26,6 @@ CLASS_SCORES: tuple[tuple[str, str, bool | None], ...] = (
     ("brier", "Brier score", False),
     ("ece", "calibration error", False),
 )
-BINS = 15  # of equal count, for the calibration error
 
 
 def class_scores(labels: Any, predictive: Any) -> dict[str, float]:
@@ -44,20 +44,13 @@ def class_baseline_scores(labels: Any, labels_train: Any, classes: int) -> dict[
 
 
 def _class_scores(labels: np.ndarray, probs: np.ndarray) -> dict[str, float]:
-    rows = np.arange(len(labels))
-    hit = (probs.argmax(axis=1) == labels).astype(float)
-    stated = probs.max(axis=1)
-    order = np.argsort(stated, kind="stable")
-    parts = np.array_split(order, min(BINS, len(order)))
-    truth = np.zeros_like(probs)
-    truth[rows, labels] = 1.0
     with np.errstate(divide="ignore"):  # a probability of 0 for what happened is infinitely bad
-        logs = np.log(probs[rows, labels])
+        logs = np.log(probs[np.arange(len(labels)), labels])
     return {
-        "accuracy": float(hit.mean()),
+        "accuracy": metrics.accuracy(labels, probs),
         "log_likelihood": float(logs.mean()),
-        "brier": float(((probs - truth) ** 2).sum(axis=1).mean()),
-        "ece": float(sum(len(p) * abs(hit[p].mean() - stated[p].mean()) for p in parts) / len(order)),
+        "brier": metrics.brier(labels, probs),
+        "ece": metrics.class_calibration_error(labels, probs),
     }
 
 

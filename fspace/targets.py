@@ -88,13 +88,10 @@ def check_positions(y: Float[np.ndarray, "n 1"], classes: int) -> None:
         )
 
 
-def check_labels(y: Any, n: int, known: Any = None) -> tuple[np.ndarray, Int[np.ndarray, " n"]]:
-    """The classes, sorted, and the position of every row's. known: all classes there are (None: those in y).
-
-    Raises DataError for labels that cannot be used.
-    """
+def label_values(y: Any, n: int) -> np.ndarray:
+    """The labels of n rows as an array [n] of one kind. Raises DataError for labels that cannot be used."""
     if y is None:
-        raise DataError("requires y to be passed, but the target y is None.")
+        raise DataError("This model requires y to be passed, but the target y is None.")
     if isinstance(y, list) and any(isinstance(label, str) for label in y):
         y = np.array(y, dtype=object)  # numpy would make text of numbers that stand beside text
     try:
@@ -129,6 +126,15 @@ def check_labels(y: Any, n: int, known: Any = None) -> tuple[np.ndarray, Int[np.
         ) from error
     if len(values) != n:
         raise DataError(f"X has {n} rows, but y has {len(values)}.")
+    return values
+
+
+def check_labels(y: Any, n: int, known: Any = None) -> tuple[np.ndarray, Int[np.ndarray, " n"]]:
+    """The classes, sorted, and the position of every row's. known: all classes there are (None: those in y).
+
+    Raises DataError for labels that cannot be used.
+    """
+    values = label_values(y, n)
     classes, labels = np.unique(values, return_inverse=True)
     if known is not None:
         known = known_classes(known)

@@ -1,6 +1,9 @@
 """What every test shares: shapes checked while the tests run, seeds, devices and the data folder."""
 
 import os
+import signal
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -42,6 +45,23 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run a command line: (exit status, stdout, stderr)."""
+    from fspace import cli
+
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+
+    def command(*args):
+        monkeypatch.setattr(sys, "argv", ["fspace", *map(str, args)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return command
+
+
 @pytest.fixture(scope="session")
 def fspace_data() -> Path:
     """The folder of published data sets, from the variable FSPACE_DATA."""
@@ -52,3 +72,11 @@ def fspace_data() -> Path:
     if not (path / "uci").is_dir():
         pytest.skip(f"FSPACE_DATA is {folder}, which holds no folder uci/")
     return path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def python_handles_interrupts():
+    """Also where the tests run in the background of a shell, which ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from gpytorch.kernels import RBFKernel, ScaleKernel
 from sklearn.datasets import load_breast_cancer, load_digits, load_iris
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
@@ -19,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
 import fspace
-from fspace.errors import DataError, FspaceError, ModelFileError, OptionError
+from fspace.errors import DataError, FspaceError, ModelFileError, NumericalError, OptionError
 from fspace.inference.candidates import input_scaling
 from fspace.predictive import Categorical
 
@@ -266,3 +267,18 @@ def test_a_file_that_names_other_classes_than_its_model_has_is_refused(plain, tm
         archive.writestr("model.safetensors", tensors)
     with pytest.raises(ModelFileError, match="classes"):
         fspace.load(path)
+
+
+def test_a_prior_that_nothing_moves_does_not_pass_for_a_posterior():
+    """It would predict every class alike, at the accuracy of a guess, without a word."""
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(60, 2))
+    y = np.digitize(X[:, 0], [-0.4, 0.4])
+    fits = {}
+    for variance in (30.0, 1e12):
+        kernel = ScaleKernel(RBFKernel()).double().requires_grad_(False)
+        kernel.outputscale = variance
+        fits[variance] = fspace.GPClassifier(kernel=kernel, progress=False)
+    assert fits[30.0].fit(X, y).score(X, y) > 0.8
+    with pytest.raises(NumericalError, match="No step from the prior raises the bound"):
+        fits[1e12].fit(X, y)

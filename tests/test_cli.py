@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import pandas as pd
 import pytest
 
 import fspace
-from fspace import cli, fitting, runs
+from fspace import cli_fit, fitting, runs
 from fspace.data import TableEncoder, read_table, write_table
 from fspace.errors import OptionError
 from fspace.inference.candidates import fit_plain
@@ -22,19 +21,10 @@ QUICK = ["--kernel", "matern"]
 
 
 @pytest.fixture
-def full_run(monkeypatch, tmp_path, capsys):
-    """Run a command line in an empty folder: (exit status, stdout, stderr)."""
+def full_run(terminal, monkeypatch, tmp_path):
+    """The terminal, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-
-    def command(*args):
-        monkeypatch.setattr(sys, "argv", ["fspace", *map(str, args)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return command
+    return terminal
 
 
 @pytest.fixture
@@ -136,6 +126,18 @@ def test_several_targets_and_parquet(full_run, tmp_path):
     assert len(read_table("p.parquet").columns) == 8
 
 
+def test_outputs_that_go_together(full_run, houses):
+    run = full_run
+    command = ["fit", "houses.csv", "--target", "price", "--target", "rent", "--categorical", "city", *QUICK]
+    status, _, _ = run(*command, "--outputs", "coregionalised")
+    assert status == 0
+    assert "How do the outputs go together?" in (houses.parent / "fspace-out" / "report.html").read_text()
+    refused(run(*FIT, "--outputs", "coregionalised"), "several outputs, and y has one")
+    refused(run(*command, "--outputs", "linked"), "'linked' does not exist", "coregionalised")
+    labels = ["fit", "houses.csv", "--target", "city", "--task", "classification", *QUICK]
+    refused(run(*labels, "--outputs", "coregionalised"), "--outputs is for regressions")
+
+
 def test_kernels_that_predict_together_are_all_named():
     assert runs.describe_choice({"rbf": 0.25, "matern": 0.75}) == "matern (75%); rbf (25%)"
     assert runs.describe_choice({"rbf": 1.0}) == "rbf"
@@ -152,7 +154,7 @@ def test_a_number_is_never_cut_at_the_edge_of_the_terminal(monkeypatch, capsys, 
         "coverage_90": 0.904,
     }
     of_each = dict.fromkeys(["price", "a_target_with_quite_a_long_name"], scores | {"width_90": 3.018e6})
-    cli._print_results(
+    cli_fit._print_results(
         {"task": "regression", "targets": list(of_each), "rows": {"test": 5, "train": 9}, "metrics": of_each}
         | {"baseline": of_each, "weights": {"matern": 1.0}, "options": {}, "files": {"report": "report.html"}}
     )

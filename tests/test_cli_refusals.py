@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import pandas as pd
 import pytest
 
 import fspace
-from fspace import cli, estimators, runs
+from fspace import estimators, runs
 from fspace.data import read_table
 from fspace.scores import shown
 
@@ -32,19 +31,10 @@ def houses(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command line, with a stub of a report: (exit status, stdout, stderr)."""
+def run(terminal, monkeypatch):
+    """The terminal, with a stub of a report."""
     monkeypatch.setattr(runs, "write_report", lambda path, *_, **__: path.write_text("report"))
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-
-    def command(*args):
-        monkeypatch.setattr(sys, "argv", ["fspace", *map(str, args)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return command
+    return terminal
 
 
 def refused(result, *words):

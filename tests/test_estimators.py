@@ -7,10 +7,13 @@ import pandas as pd
 import polars
 import pytest
 import torch
-from gpytorch.kernels import MaternKernel
+from gpytorch.kernels import MaternKernel, RBFKernel, ScaleKernel
 from gpytorch.likelihoods import GaussianLikelihood
+from gpytorch.priors import LogNormalPrior
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+from scipy.stats import lognorm, multivariate_normal, uniform
 from sklearn.datasets import load_diabetes
 from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import GridSearchCV, train_test_split
@@ -19,7 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
 import fspace
-from fspace import fitting
+from fspace import front
 from fspace.errors import DataError, DeviceError, FspaceError, OptionError
 from fspace.fitting import channel_scaling
 from fspace.inference import network, optimise
@@ -259,7 +262,7 @@ def test_rows_are_predicted_in_parts(wave, kind, monkeypatch):
         return encode(self, X, first_row)
 
     monkeypatch.setattr(type(model.encoder_), "transform", watched)
-    monkeypatch.setattr(fitting, "CHUNK_VALUES", 60)
+    monkeypatch.setattr(front, "CHUNK_VALUES", 60)
     parts = model.predict(table, return_std=True)
     assert seen == [(30, 0), (30, 30), (20, 60)]
     np.testing.assert_allclose(parts[0], mean, rtol=1e-9, atol=1e-12)
@@ -310,6 +313,30 @@ def test_a_likelihood_object_says_where_the_noise_starts(wave):
         fspace.GPRegressor(likelihood=own).fit(X, y)
     with pytest.raises(OptionError, match="heteroscedastic"):
         fspace.GPRegressor(likelihood="student").fit(X, y)
+
+
+def test_a_prior_on_the_noise_counts(wave):
+    """The noise is where the log evidence of a fixed kernel plus the prior's log density is largest."""
+    X, y = (np.asarray(part, dtype=float) for part in wave)
+    kernel = ScaleKernel(RBFKernel()).requires_grad_(False)
+    z, t = (X - X.mean(0)) / X.std(0), (y - y.mean()) / y.std()
+    with torch.no_grad():
+        k = kernel.double()(torch.from_numpy(z)).to_dense().numpy()
+
+    def least(prior):
+        def loss(log_noise):
+            log_evidence = multivariate_normal(cov=k + np.exp(log_noise) * np.eye(len(t))).logpdf(t)
+            return -log_evidence - prior.logpdf(np.exp(log_noise))
+
+        return np.exp(minimize_scalar(loss, bounds=(-8.0, 1.0), method="bounded").x)
+
+    prior = lognorm(s=0.3, scale=np.exp(-1.0))
+    own = GaussianLikelihood(noise_prior=LogNormalPrior(-1.0, 0.3))
+    model = fspace.GPRegressor(kernel=kernel, likelihood=own, inference="exact").fit(X, y)
+    found = model.posterior_.noise_variance.item() / y.var()
+    assert found == pytest.approx(least(prior), rel=1e-3)
+    assert abs(found / least(uniform(scale=10.0)) - 1) > 0.1  # the evidence alone says otherwise
+    assert not list(model.posterior_.basis.likelihood.named_priors())
 
 
 # ---- Ctrl-C --------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def data():
 
 def test_gradients_are_on_after_an_interrupt_inside_no_grad(monkeypatch):
     X, y = data()
-    chosen, calls = finish._inducing, []
+    chosen, calls = finish.inducing_inputs, []
 
     def slow(*args):
         calls.append(1)
@@ -65,7 +65,7 @@ def test_gradients_are_on_after_an_interrupt_inside_no_grad(monkeypatch):
                 press()
         return chosen(*args)
 
-    monkeypatch.setattr(finish, "_inducing", slow)
+    monkeypatch.setattr(finish, "inducing_inputs", slow)
     with pytest.warns(UserWarning, match=r"Interrupted while fitting deep 2; .* kept \(deep 1, deep 2\)"):
         model = fspace.GPRegressor(kernel="deep", members=5).fit(X, y)
     assert torch.is_grad_enabled() and model.interrupted_

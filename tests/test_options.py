@@ -58,16 +58,15 @@ def test_a_device_that_holds_no_numbers():
         fit(device="meta")
 
 
-@pytest.mark.parametrize(
-    "likelihood",
-    [
-        GaussianLikelihood(noise_prior=GammaPrior(1.0, 1.0)),
-        GaussianLikelihood(noise_constraint=Interval(0.5, 1.0)),
-    ],
-)
-def test_priors_and_bounds_of_the_noise_are_refused_rather_than_dropped(likelihood):
-    with pytest.raises(OptionError, match="prior or bounds"):
-        fit(likelihood=likelihood)
+def test_bounds_of_the_noise_are_refused_rather_than_dropped():
+    with pytest.raises(OptionError, match="bounds"):
+        fit(likelihood=GaussianLikelihood(noise_constraint=Interval(0.5, 1.0)))
+
+
+@pytest.mark.parametrize("options", [{"kernel": "auto"}, {"kernel": "deep"}, {"inference": "collapsed"}])
+def test_a_prior_of_the_noise_is_refused_where_it_would_not_count(options):
+    with pytest.raises(OptionError, match="prior on its noise"):
+        fit(likelihood=GaussianLikelihood(noise_prior=GammaPrior(1.0, 1.0)), **options)
 
 
 @pytest.mark.parametrize("inference", ["exact", "collapsed"])

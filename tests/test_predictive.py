@@ -461,3 +461,28 @@ def test_labels_that_are_no_class_are_refused(labels):
 def test_a_log_prob_of_class_names_says_what_to_give():
     with pytest.raises(DataError, match="positions in the model's classes_"):
         Categorical(torch.full((2, 2), 0.5)).log_prob(["cat", "dog"])
+
+
+@pytest.mark.parametrize("t", [None, 3])
+def test_draws_hold_no_copy_of_the_root_for_each(t):
+    """The largest tensor that 500 draws make is the draws themselves or the covariance, not n copies of its root."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    g = gaussian(40, t)
+    with Largest():
+        samples = g.rsample(500, seed=0)
+    assert largest <= 500 * 40 * (t or 1)
+    root = torch.linalg.cholesky(g.covariance)
+    white = torch.randn(500, *root.shape[:-1], generator=torch.Generator().manual_seed(0), dtype=root.dtype)
+    want = torch.einsum("...ij,s...j->s...i", root, white)
+    assert torch.allclose(samples - g.mean, want if t is None else want.mT, atol=1e-9)

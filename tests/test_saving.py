@@ -15,7 +15,7 @@ import pytest
 import torch
 from gpytorch.kernels import MaternKernel, RBFKernel, ScaleKernel
 from gpytorch.likelihoods import GaussianLikelihood
-from gpytorch.priors import GammaPrior
+from gpytorch.priors import GammaPrior, LogNormalPrior
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.base import clone
@@ -108,6 +108,7 @@ def fixed_lengthscale():
         {"kernel": fixed_lengthscale()},
         {"kernel": fspace.DeepKernel(nn.Linear(2, 2), MaternKernel())},
         {"kernel": "matern", "likelihood": GaussianLikelihood()},
+        {"kernel": "matern", "likelihood": GaussianLikelihood(noise_prior=LogNormalPrior(-1.0, 0.1))},
     ],
 )
 def test_what_was_passed_in_comes_back_and_can_be_fitted_with(wave, options, tmp_path):
@@ -119,6 +120,9 @@ def test_what_was_passed_in_comes_back_and_can_be_fitted_with(wave, options, tmp
         assert type(got) is type(passed)
         if isinstance(passed, GaussianLikelihood):
             torch.testing.assert_close(got.noise, passed.noise)
+            assert [str(prior) for *_, prior, _, _ in got.named_priors()] == [
+                str(prior) for *_, prior, _, _ in passed.named_priors()
+            ]
         elif isinstance(passed, nn.Module):
             for one, other in zip(passed.parameters(), got.parameters(), strict=True):
                 torch.testing.assert_close(one, other, check_dtype=False)
@@ -213,7 +217,7 @@ def test_a_header_that_was_tampered_with(wave, tmp_path, change, words):
 def test_a_save_that_fails_leaves_the_earlier_file(wave, tmp_path, monkeypatch):
     model = fspace.GPRegressor(kernel="matern").fit(*wave)
     path = model.save(tmp_path / "m.fspace")
-    monkeypatch.setattr("fspace.saving.write_tensors", lambda tensors: 1 / 0)
+    monkeypatch.setattr("fspace.archive.write_tensors", lambda tensors: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.save(path)
     assert same(model, fspace.load(path), wave[0])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -97,10 +97,22 @@ def bound_from(
     (training loops: `cholesky_unseen`).
     """
     factor, _ = factorise(kuu, "kernel matrix of the inducing inputs", FIRST_JITTER)
-    a = scale * solve_lower(factor, solve_lower(factor, stats.outer).mT)
+    outer = solve_lower(factor, solve_lower(factor, stats.outer).mT)
+    whitened = replace(stats, outer=outer, cross=solve_lower(factor, stats.cross))
+    return bound_of_whitened(whitened, noise, scale, factorise)
+
+
+def bound_of_whitened(
+    stats: Statistics,
+    noise: Float[Tensor, " t"],
+    scale: float = 1.0,
+    factorise: Callable[..., tuple[Tensor, Any]] = cholesky,
+) -> Float[Tensor, ""]:
+    """`bound_from` for statistics of L^-1 k_u(x) in place of k_u(x)."""
+    a = scale * stats.outer
     identity = torch.eye(a.shape[0], dtype=a.dtype, device=a.device)
     inner, _ = factorise(identity + a / noise[:, None, None], "I + A / noise")
-    c = solve_lower(inner, scale * solve_lower(factor, stats.cross).T[..., None])[..., 0] / noise[:, None]
+    c = solve_lower(inner, scale * stats.cross.T[..., None])[..., 0] / noise[:, None]
     n = scale * stats.count
     value = (
         -0.5 * n * torch.log(2.0 * math.pi * noise)

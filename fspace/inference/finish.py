@@ -110,7 +110,7 @@ def finish_sparse(
     rest = torch.ones(len(y), dtype=torch.bool, device=y.device)
     rest[held_out] = False
     x_rest, y_rest, x_held, y_held = x[rest], y[rest], x[held_out], y[held_out]
-    basis = Basis(kernel, _inducing(kernel, x, most, tolerance), likelihood)
+    basis = Basis(kernel, inducing_inputs(kernel, x, most, tolerance), likelihood)
     whitened = refit_noise(basis, gather_whitened(basis, x_rest, y_rest))
     basis = replace(basis)  # a new one: the parameters have moved
     z = basis.embed(x_held)
@@ -146,7 +146,7 @@ def finish_sites(
     """The posterior by natural-gradient sites on greedy inducing inputs: without the held-out rows to score it on
     them, if there are any, then of all rows."""
     _freeze(kernel, likelihood)
-    basis = Basis(kernel, _inducing(kernel, x, most, tolerance), likelihood)
+    basis = Basis(kernel, inducing_inputs(kernel, x, most, tolerance), likelihood)
     site, densities = None, y.new_zeros(0)
     if len(held_out):
         rest = torch.ones(len(y), dtype=torch.bool, device=y.device)
@@ -170,7 +170,8 @@ def _freeze(*modules: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def _inducing(kernel: Kernel, x: Inputs, most: int, tolerance: float) -> Float[Tensor, "m p"]:
+def inducing_inputs(kernel: Kernel, x: Inputs, most: int, tolerance: float) -> Float[Tensor, "m p"]:
+    """The greedily chosen rows, embedded: at most so many, and no more than leave `tolerance` of the prior variance."""
     stride = max(1, len(x) // (10 * most))  # greedy choice is O(n m^2): a stride of rows is as good a pool
     candidates = embed(kernel, x[::stride])
     return candidates[greedy_variance(embedded_kernel(kernel), candidates, most, tolerance)]
@@ -196,11 +197,12 @@ def _set_noise(
         mean = rotated.mT @ (shrink * cross[:, t] / noise)
         return mean, prior + rotated.square().mT @ shrink + noise * ratio
 
-    best = []
+    best, start = [], basis.noise.tolist()
     for t in range(y.shape[1]):
         found = minimize_scalar(
             lambda u, t=t: -log_density(y[:, t], *moments(t, math.exp(u))).mean().item(),
-            bounds=(math.log(MIN_NOISE), math.log(4.0)),
+            # rotated outputs may be nearly all noise
+            bounds=(math.log(MIN_NOISE), math.log(4.0 * max(1.0, start[t]))),
             method="bounded",
             options={"xatol": 0.02},
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fspace.errors import DataError
+from fspace.gaussians import Coregionalised
 from fspace.inference.basis import Basis, Site
 from fspace.inference.collapsed import fit_site
 from fspace.inference.numerics import cholesky, full_precision, solve_lower
@@ -29,7 +30,8 @@ CHUNK = 4096  # rows predicted at once
 class Scaling:
     """From the units of the data to those of the model: Yeo-Johnson with one lambda a column (1: none), then affine.
 
-    Shapes: unit, power, shift, scale [d] ([c, 1, 1] for images); y_shift, y_scale [t].
+    Shapes: unit, power, shift, scale [d] ([c, 1, 1] for images); y_shift, y_scale [t]. mixing [t, t]: standardised y
+    is mixing times what is modelled, whose outputs are independent (None: the identity).
     Source: Yeo and Johnson (2000), eq. 2.1.
     """
 
@@ -39,6 +41,7 @@ class Scaling:
     scale: Float[Tensor, "*row"]
     y_shift: Float[Tensor, " t"]
     y_scale: Float[Tensor, " t"]
+    mixing: Float[Tensor, "t t"] | None = None
 
     def inputs(self, x: Tensor) -> Tensor:
         """Scaled inputs, same shape."""
@@ -46,6 +49,23 @@ class Scaling:
         if bool((self.power != 1).any()):
             x = yeo_johnson(x, self.power)
         return (x - self.shift) / self.scale
+
+    def modelled(self, y: Float[Tensor, "n t"]) -> Float[Tensor, "n t"]:
+        """Observations as the model has them."""
+        y = (y - self.y_shift) / self.y_scale
+        return y if self.mixing is None else torch.linalg.solve(self.mixing, y.mT).mT
+
+    def with_jacobian(self, site: Site) -> Site:
+        """A site of what is modelled as one of standardised y: its log_scale gains log |d modelled / dy| a row."""
+        if self.mixing is None:
+            return site
+        volume = torch.linalg.slogdet(self.mixing)[1]
+        return replace(site, log_scale=site.log_scale - site.count * volume / len(self.mixing))
+
+    @property
+    def units(self) -> Float[Tensor, "t t"]:
+        """The matrix that takes what is modelled to y, in the units of the data."""
+        return torch.diag(self.y_scale) if self.mixing is None else self.y_scale[:, None] * self.mixing
 
 
 def yeo_johnson(x: Float[Tensor, "*b"], power: Float[Tensor, "*row"]) -> Float[Tensor, "*b"]:
@@ -76,7 +96,21 @@ class GPPosterior(FunctionPosterior):
     @property
     def noise_variance(self) -> Float[Tensor, " t"]:
         """Noise variance of every output, in squared units of y (where it varies: at a noise ratio of one)."""
-        return self.basis.noise * self.scaling.y_scale.square()
+        if self.scaling.mixing is None:
+            return self.basis.noise * self.scaling.y_scale.square()
+        return self.noise_covariance.diagonal()
+
+    @property
+    def noise_covariance(self) -> Float[Tensor, "t t"]:
+        """Covariance of the outputs' noise, in squared units of y (where it varies: at a noise ratio of one)."""
+        return (self.scaling.units * self.basis.noise) @ self.scaling.units.mT
+
+    @property
+    def coregionalisation(self) -> Float[Tensor, "t t"]:
+        """Prior covariance of the outputs' functions at one input, in squared units of y: B where the covariance of
+        f_s(x) and f_t(x') is B_st k(x, x') / k(x, x). Where k(x, x) varies, of its mean over the inducing inputs."""
+        prior = self.basis.prior_variance(self.basis.inducing_inputs).mean()
+        return prior * self.scaling.units @ self.scaling.units.mT
 
     def with_sites(self, basis: Basis, sites: Mapping[str, Site]) -> GPPosterior:
         """The same posterior of other sites."""
@@ -126,11 +160,15 @@ class GPPosterior(FunctionPosterior):
                     (prior - v.square().sum(-2)[..., None, :] + w.square().sum(-2)).clamp(min=0.0)
                 )
             mean, variance = torch.cat(means, dim=-1), torch.cat(variances, dim=-1)
-        y_scale = self.scaling.y_scale
+        mixing, y_shift, y_scale = self.scaling.mixing, self.scaling.y_shift, self.scaling.y_scale
+        if mixing is not None:  # at first in the units of what is modelled
+            y_shift, y_scale = torch.zeros_like(y_shift), torch.ones_like(y_scale)
         aleatoric = (
-            self.noise_variance[:, None] * torch.cat(ratios, dim=-1) if noise else torch.zeros_like(mean)
+            (self.basis.noise * y_scale.square())[:, None] * torch.cat(ratios, dim=-1)
+            if noise
+            else torch.zeros_like(mean)
         ).expand_as(mean)
-        mean = mean * y_scale[:, None] + self.scaling.y_shift[:, None]
+        mean = mean * y_scale[:, None] + y_shift[:, None]
         variance = variance * y_scale.square()[:, None] + aleatoric
 
         def joint() -> Tensor:
@@ -144,7 +182,10 @@ class GPPosterior(FunctionPosterior):
 
         if self.vector:
             return Gaussian(mean[..., 0, :], variance[..., 0, :], joint, aleatoric[..., 0, :], outputs=0)
-        return Gaussian(mean.mT, variance.mT, joint, aleatoric.mT, outputs=self.num_outputs)
+        gaussian = Gaussian(mean.mT, variance.mT, joint, aleatoric.mT, outputs=self.num_outputs)
+        if mixing is None:
+            return gaussian
+        return Coregionalised(gaussian, self.scaling.units, self.scaling.y_shift)
 
     def latent(self, x: Any) -> Gaussian:
         """Predictive of f at x [..., n, d]; mean and variance in chunks, covariance only when asked for."""
@@ -177,6 +218,8 @@ class GPPosterior(FunctionPosterior):
         def function(x: Any) -> Tensor:
             z = self._inputs(x)
             values = prior(z) + correction @ self.basis.whiten(z)
+            if self.scaling.mixing is not None:
+                values = self.scaling.mixing @ values
             values = values * self.scaling.y_scale[:, None] + self.scaling.y_shift[:, None]
             return values[..., 0, :] if self.vector else values.mT
 
@@ -202,8 +245,9 @@ class GPPosterior(FunctionPosterior):
         """What y [n] or [n, t] at x [n, d] says, beside what the sites here say. Raises DataError for other shapes."""
         y = self._observations(x, y, self.num_outputs)
         with torch.no_grad():
-            modelled = (y - self.scaling.y_shift) / self.scaling.y_scale
-            return fit_site(self.basis, self.scaling.inputs(x), modelled, site_id=site_id)
+            modelled = self.scaling.modelled(y)
+            site = fit_site(self.basis, self.scaling.inputs(x), modelled, site_id=site_id)
+            return self.scaling.with_jacobian(site)
 
     def _observations(self, x: Tensor, y: Any, outputs: int) -> Float[Tensor, "n t"]:
         y = self.numbers(y, "y")

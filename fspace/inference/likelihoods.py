@@ -30,6 +30,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, distributions, nn
 
 from fspace.errors import ModelFileError
+from fspace.inference.dirichlet import DirichletLikelihood
 
 NODES = 20  # of the quadrature over one function
 POINTS = 64  # over the functions of several classes
@@ -189,6 +190,7 @@ _KNOWN: dict[str, Any] = {
     "gpytorch.PoissonLikelihood": likelihoods.PoissonLikelihood,
     "gpytorch.NegativeBinomialLikelihood": likelihoods.NegativeBinomialLikelihood,
     "gpytorch.SoftmaxLikelihood": SoftmaxLikelihood,
+    "DirichletLikelihood": DirichletLikelihood,
 }
 
 
@@ -221,6 +223,8 @@ def likelihood_from_spec(spec: dict[str, Any]) -> Likelihood:
     kind = _KNOWN[spec["likelihood"]]
     if kind is SoftmaxLikelihood:
         return SoftmaxLikelihood(num_classes=int(spec["classes"]), mixing_weights=False)
+    if kind is DirichletLikelihood:  # its concentration comes with the state
+        return DirichletLikelihood(int(spec["classes"]))
     return kind()
 
 
@@ -240,8 +244,10 @@ def expected_log_density(
     """E log p(y_i | f_i), differentiable in mean, variance and the likelihood's parameters; of several classes, which
     share one term a row, each gets its part."""
     if isinstance(likelihood, GaussianLikelihood):
-        noise = likelihood.noise  # [t, 1]
-        return -0.5 * (torch.log(2.0 * math.pi * noise) + ((y.mT - mean).square() + variance) / noise)
+        return _expected_gaussian(y.mT, likelihood.noise, mean, variance)
+    if isinstance(likelihood.inner, DirichletLikelihood):
+        target, noise = likelihood.inner.pseudo_observations(y)
+        return _expected_gaussian(target, noise, mean + likelihood.offset[:, None], variance)
     if likelihood.classes:
         chosen = _class_log_probs(likelihood, mean, variance).gather(
             1, y.mT.long().expand(POINTS, 1, -1)
@@ -252,6 +258,10 @@ def expected_log_density(
     nodes, weights = _hermite(mean.device)
     f = mean + variance.sqrt() * nodes[:, None, None]
     return torch.tensordot(weights, likelihood.log_density(y, f), dims=1)
+
+
+def _expected_gaussian(target: Tensor, noise: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    return -0.5 * (torch.log(2.0 * math.pi * noise) + ((target - mean).square() + variance) / noise)
 
 
 def _expected_laplace(
@@ -283,6 +293,10 @@ def local_terms(
         noise = likelihood.noise.detach()
         value = expected_log_density(likelihood, y, mean, variance).detach()
         return value, (y.mT - mean) / noise, (1.0 / noise).expand_as(mean)
+    if isinstance(likelihood.inner, DirichletLikelihood):
+        target, noise = likelihood.inner.pseudo_observations(y)
+        value = expected_log_density(likelihood, y, mean, variance).detach()
+        return value, (target - mean - likelihood.offset.detach()[:, None]) / noise, 1.0 / noise
     if likelihood.classes:
         with torch.no_grad():
             logs = _class_log_probs(likelihood, mean, variance)

@@ -25,7 +25,7 @@ from fspace.inference.collapsed import Statistics, bound_from
 from fspace.inference.inducing import greedy_variance
 from fspace.inference.likelihoods import OffsetLikelihood, functions
 from fspace.inference.numerics import cholesky, cholesky_unseen, seeded, solve_lower
-from fspace.inference.optimise import Record, lengthscale_penalty
+from fspace.inference.optimise import Record, kernel_penalty
 from fspace.inference.site_training import fit_sites
 from fspace.inference.source import Inputs, placed
 from fspace.kernels.deep import DeepKernel
@@ -260,7 +260,7 @@ def _batch_bound(kernel, likelihood, z, inducing, y, total) -> Tensor:  # type: 
     _, stats = _whitened(inner, inducing, z, y, cholesky_unseen)
     identity = torch.eye(len(stats.outer), dtype=noise.dtype, device=noise.device)
     bound = bound_from(stats, identity, noise, total / len(y), cholesky_unseen)
-    return bound - lengthscale_penalty(inner)
+    return bound - kernel_penalty(inner)
 
 
 def _whitened(

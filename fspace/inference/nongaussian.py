@@ -12,9 +12,10 @@ from torch import Tensor, distributions
 from fspace.compound import Compound
 from fspace.gaussians import Gaussian
 from fspace.inference.basis import Basis, Site
+from fspace.inference.dirichlet import DirichletLikelihood
 from fspace.inference.gp import GPPosterior, Scaling
 from fspace.inference.likelihoods import REAL, OffsetLikelihood, normal_points
-from fspace.inference.sites import converge, empty_site
+from fspace.inference.sites import converge, empty_site, said_by_rows
 from fspace.predictive import Categorical
 from fspace.predictive_base import Predictive
 from fspace.targets import check_positions, check_support
@@ -40,7 +41,11 @@ class LikelihoodPosterior(GPPosterior):
 
     def observed(self, x: Any) -> Predictive:  # type: ignore[override]
         """Predictive of y at x [n, d]."""
-        latent, inner = self.latent(x), self.likelihood.inner
+        return self.given(self.latent(x))
+
+    def given(self, latent: Gaussian) -> Predictive:
+        """Predictive of y where f has this one."""
+        inner = self.likelihood.inner
         if self._of_classes:
             return self._classes(latent)
         shift, scale = self._units()
@@ -63,7 +68,8 @@ class LikelihoodPosterior(GPPosterior):
         return shift + scale * self.likelihood.inner((f - shift) / scale).mean
 
     def site_of(self, x: Tensor, y: Any, site_id: str) -> Site:
-        """What y at x [n, d] says beside what the sites here say, by natural-gradient steps. Raises DataError for
+        """What y at x [n, d] says beside what the sites here say, by natural-gradient steps (of a Dirichlet
+        likelihood: exactly). Raises DataError for
         other shapes, and for values that the likelihood cannot have made."""
         y = self._observations(x, y, 1 if self.likelihood.classes else self.num_outputs)
         if self._of_classes:
@@ -73,6 +79,8 @@ class LikelihoodPosterior(GPPosterior):
         if not self.likelihood.classes:
             y = (y - self.scaling.y_shift) / self.scaling.y_scale + self.likelihood.offset.detach()
         start = empty_site(self.basis, self.num_outputs, site_id)
+        if isinstance(self.likelihood.inner, DirichletLikelihood):  # exact at once, whatever the posterior is
+            return said_by_rows(self.basis, start, self.site, self.scaling.inputs(x), y)
         return converge(self.basis, self.scaling.inputs(x), y, start=start, cavity=self.site)[0]
 
     def _classes(self, latent: Gaussian) -> Categorical:

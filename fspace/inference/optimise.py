@@ -10,6 +10,8 @@ import torch
 from gpytorch.constraints import GreaterThan
 from gpytorch.kernels import Kernel
 from gpytorch.likelihoods import GaussianLikelihood
+from gpytorch.module import Module
+from gpytorch.priors import Prior
 from jaxtyping import Float
 from scipy.optimize import minimize
 from torch import Tensor
@@ -23,13 +25,16 @@ MIN_NOISE = 1e-6  # of the variance of y: below it the noise cannot be told from
 Record = Callable[..., None]
 
 
-def gaussian_likelihood(outputs: int, noise: float, device: torch.device) -> GaussianLikelihood:
-    """Gaussian noise with one variance an output, in units of standardised y."""
+def gaussian_likelihood(
+    outputs: int, noise: float | Tensor, device: torch.device, prior: Prior | None = None
+) -> GaussianLikelihood:
+    """Gaussian noise with one variance an output, in units of standardised y; noise: one for all, or [t]."""
     likelihood = GaussianLikelihood(
-        noise_constraint=GreaterThan(MIN_NOISE), batch_shape=torch.Size([outputs])
+        noise_prior=prior, noise_constraint=GreaterThan(MIN_NOISE), batch_shape=torch.Size([outputs])
     )
     likelihood = likelihood.to(device=device, dtype=torch.float64)
-    likelihood.noise = torch.full((outputs, 1), noise, dtype=torch.float64, device=device)
+    start = torch.as_tensor(noise, dtype=torch.float64, device=device).clamp(min=1.001 * MIN_NOISE)
+    likelihood.noise = start.expand(outputs)[:, None]
     return likelihood
 
 
@@ -75,9 +80,10 @@ def lbfgs(
 
     start = torch.cat([p.detach().reshape(-1) for p in parameters]).double().cpu().numpy()
     try:
-        minimize(
-            evaluate, start, jac=True, method="L-BFGS-B", options={"maxiter": steps, "maxfun": 2 * steps}
-        )
+        with np.errstate(divide="ignore", invalid="ignore"):  # slopes of zero, where a step has failed
+            minimize(
+                evaluate, start, jac=True, method="L-BFGS-B", options={"maxiter": steps, "maxfun": 2 * steps}
+            )
     except KeyboardInterrupt:
         return False
     finally:
@@ -87,15 +93,23 @@ def lbfgs(
     return True
 
 
-def lengthscale_penalty(kernel: Kernel) -> Tensor:
-    """Weak log-normal pull on every lengthscale: an input that does nothing would otherwise drift without end."""
+def log_prior(module: Module) -> Tensor:
+    """Log density of the priors registered on the parameters of a kernel or a likelihood; zero where there are none."""
+    terms = [prior.log_prob(value(part)).sum().double() for _, part, prior, value, _ in module.named_priors()]
+    return torch.stack(terms).sum() if terms else torch.zeros((), dtype=torch.float64)
+
+
+def kernel_penalty(kernel: Kernel) -> Tensor:
+    """Minus `log_prior`, and a weak log-normal pull on every lengthscale that has no prior of its own: an input that
+    does nothing would otherwise drift without end."""
+    own = {id(part) for name, part, *_ in kernel.named_priors() if name.endswith("lengthscale_prior")}
     terms = []
     for part in kernel.modules():
         lengthscale = getattr(part, "lengthscale", None) if isinstance(part, Kernel) else None
-        if lengthscale is not None:
+        if lengthscale is not None and id(part) not in own:
             centre = 0.5 * math.log(lengthscale.shape[-1])
             terms.append(0.125 * (lengthscale.log() - centre).square().sum().double())
-    return torch.stack(terms).sum() if terms else torch.zeros((), dtype=torch.float64)
+    return (torch.stack(terms).sum() if terms else 0.0) - log_prior(kernel)
 
 
 def _variance_penalty(k: Float[Tensor, "n n"]) -> Tensor:
@@ -125,8 +139,8 @@ def fit_exact(
     def loss() -> Tensor:
         k = covariance(inner, z)
         evidence = log_marginal_likelihood(k, y, likelihood.noise[..., 0])
-        penalty = lengthscale_penalty(inner) + _variance_penalty(k)
-        value = (penalty - evidence) / y.numel()
+        penalty = kernel_penalty(inner) + _variance_penalty(k)
+        value = (penalty - log_prior(likelihood) - evidence) / y.numel()
         value.backward()
         return value.detach()
 

@@ -22,6 +22,7 @@ from fspace.inference.likelihoods import (
     predictive_log_density,
 )
 from fspace.inference.numerics import cholesky_unseen, solve_lower
+from fspace.inference.optimise import log_prior
 from fspace.inference.sites import Rows, backward_elbo, blend, elbo, marginals, moved
 from fspace.inference.source import Inputs
 from fspace.kernels.deep import DeepKernel, embed, embedded_kernel
@@ -218,10 +219,13 @@ class _Running:
         across = solve_lower(self.factor, factor)
         share = -1.0 / (self.mass * y.shape[1])
         bound, still, batch = backward_elbo(self.site, across, self.likelihood, rows, self.total, share)
+        prior = log_prior(embedded_kernel(self.kernel))
+        if prior.requires_grad:
+            (share * prior).backward()
         with torch.no_grad():
             self.site = self._stepped(still, batch, rows, rate, bound)
             self.factor = factor.detach()
-        return share * bound
+        return share * (bound + prior.detach())
 
     def _seen(self, x: Tensor, y: Tensor, weight: Tensor | None) -> tuple[Rows, Float[Tensor, "m m"]]:
         z = embed(self.kernel, torch.cat([x, self.rows]))  # one pass, so both see the same feature statistics

@@ -208,7 +208,7 @@ def converge(
     would gain less than a tenth of that. start: where the passes begin, by default at the site that an eighth of many
     rows makes; cavity: what other sites say, which stays as it is.
     Shapes: x [n, d] (or images, sequences), y [n, t], weight [n]. Raises NumericalError where the bound is not finite
-    at the start.
+    at the start, and where no step from an empty site raises it: the prior would pass for a posterior.
     """
     if start is None and len(y) > MANY:
         counts = (
@@ -218,6 +218,7 @@ def converge(
     site = start if start is not None else empty_site(basis, functions(basis.likelihood))
     _require_basis(site, basis)
     best, best_value, best_said, rate = site, -math.inf, site, 1.0
+    first = site
     with torch.no_grad():
         for _ in range(PASSES):
             said, value = _whole(basis, site, cavity, x, y, weight)
@@ -238,6 +239,12 @@ def converge(
             else:
                 rate *= 0.5
                 if rate < SLOWEST:
+                    if start is None and best is first:
+                        raise NumericalError(
+                            f"No step from the prior raises the bound of {len(y)} rows ({best_value:.4g} nats): "
+                            "nothing can be learned with this kernel as it is. Its variance is far too large, or the "
+                            "inputs are not scaled; start it with a smaller variance, or take kernel='matern'."
+                        )
                     break
             site = blend(best, best_said, rate)
     return replace(best, count=best_said.count, log_scale=best_said.log_scale), best_value

@@ -41,7 +41,7 @@ def take_in(
     x = posterior.numbers(x, "x")
     z = posterior.embedded(x)
     basis, sites = posterior.basis, posterior.sites
-    new = _unexplained(basis, z, budget)
+    new = unexplained(basis, z, budget)
     if len(new):
         basis = basis.grown(new)
         sites = {name: site.padded(basis) for name, site in sites.items()}
@@ -82,16 +82,22 @@ def faded(site: Site, discount: float) -> Site:
 def pruned(basis: Basis, sites: dict[str, Site], most: int) -> tuple[Basis, dict[str, Site]]:
     """The basis on at most so many of its inducing inputs, the greedily chosen ones, and the sites read off these by
     the conditional prior mean."""
-    inner, old = embedded_kernel(basis.kernel), basis.inducing_inputs
-    chosen = greedy_variance(inner, old, most)
-    smaller = replace(basis, inducing_inputs=old[chosen])
-    cross = covariance(inner, smaller.inducing_inputs, old)
-    across = solve_lower(basis.factor, solve_lower(smaller.factor, cross).mT)
+    chosen = greedy_variance(embedded_kernel(basis.kernel), basis.inducing_inputs, most)
+    smaller = replace(basis, inducing_inputs=basis.inducing_inputs[chosen])
+    across = read_off(basis, smaller)
     return smaller, {name: replace(moved(site, across), basis_id=smaller.id) for name, site in sites.items()}
 
 
 @torch.no_grad()
-def _unexplained(basis: Basis, z: Float[Tensor, "n p"], budget: int) -> Float[Tensor, "k p"]:
+def read_off(basis: Basis, other: Basis) -> Float[Tensor, "m k"]:
+    """What `moved` takes to read a site off the inducing values of another basis of the same kernel, by the conditional
+    prior mean: exact where all inducing inputs are among the other's."""
+    cross = covariance(embedded_kernel(basis.kernel), other.inducing_inputs, basis.inducing_inputs)
+    return solve_lower(basis.factor, solve_lower(other.factor, cross).mT)
+
+
+@torch.no_grad()
+def unexplained(basis: Basis, z: Float[Tensor, "n p"], budget: int) -> Float[Tensor, "k p"]:
     """Rows to add to the inducing inputs, the greedily chosen ones of those that are badly explained."""
     prior = basis.prior_variance(z)
     left = prior - basis.whiten(z).square().sum(0)

@@ -83,7 +83,18 @@ class FeatureNorm(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class SplitKernel(Kernel):
+class _OfParts(Kernel):
+    """A kernel made of others, whose batch shape follows from theirs."""
+
+    def __getitem__(self, index: Any) -> Kernel:
+        """The kernel of one batch element."""
+        part = super().__getitem__(index)
+        if part is not self:
+            part._batch_shape = torch.Size([])
+        return part
+
+
+class SplitKernel(_OfParts):
     """`base` on the first `split` columns plus `plain` on the rest: the kernel on `[features, inputs]`."""
 
     def __init__(self, base: Kernel, plain: Kernel, split: int):
@@ -97,13 +108,6 @@ class SplitKernel(Kernel):
         yield "base", self.base
         yield "plain", self.plain
 
-    def __getitem__(self, index: Any) -> Kernel:
-        """The kernel of one batch element; its batch shape follows from its parts."""
-        part = super().__getitem__(index)
-        if part is not self:
-            part._batch_shape = torch.Size([])
-        return part
-
     def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **params) -> Tensor:  # type: ignore[no-untyped-def]
         """Covariance `[..., n, m]`, or its diagonal `[..., n]`."""
         k = self.split
@@ -111,7 +115,7 @@ class SplitKernel(Kernel):
         return on_features + to_dense(self.plain(x1[..., k:], x2[..., k:], diag=diag, **params))
 
 
-class DeepKernel(Kernel):
+class DeepKernel(_OfParts):
     """k(x, x') = base(g(x), g(x')) [+ plain(x, x')] with g a network followed by `FeatureNorm`.
 
     The network runs in its own dtype; features are cast to float64 before the kernel, because a kernel matrix
@@ -258,13 +262,6 @@ class DeepKernel(Kernel):
         yield "base", self.base
         if self.plain is not None:
             yield "plain", self.plain
-
-    def __getitem__(self, index: Any) -> Kernel:
-        """The kernel of one batch element; its batch shape follows from its parts."""
-        part = super().__getitem__(index)
-        if part is not self:
-            part._batch_shape = torch.Size([])
-        return part
 
     def _select(self, x: Tensor) -> Tensor:
         return x if self.active_dims is None else x.index_select(-1, self.active_dims)

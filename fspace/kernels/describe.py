@@ -63,29 +63,14 @@ _EXTRACTORS: dict[str, type[nn.Module]] = {
     kind.__name__: kind
     for kind in (extractors.MLP, extractors.ResidualMLP, extractors.ConvNet, extractors.CausalConv)
 }
+_CONVOLUTION = (
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias",
+)  # fmt: skip
 # torch layers whose constructor arguments can be read back from attributes of the same name
 _LAYERS: dict[str, tuple[str, ...]] = {
     "Linear": ("in_features", "out_features", "bias"),
-    "Conv1d": (
-        "in_channels",
-        "out_channels",
-        "kernel_size",
-        "stride",
-        "padding",
-        "dilation",
-        "groups",
-        "bias",
-    ),
-    "Conv2d": (
-        "in_channels",
-        "out_channels",
-        "kernel_size",
-        "stride",
-        "padding",
-        "dilation",
-        "groups",
-        "bias",
-    ),
+    "Conv1d": _CONVOLUTION,
+    "Conv2d": _CONVOLUTION,
     "MaxPool2d": ("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
     "AvgPool2d": ("kernel_size", "stride", "padding", "ceil_mode"),
     "AdaptiveAvgPool2d": ("output_size",),
@@ -169,7 +154,7 @@ def _kernel_to_spec(kernel: Kernel, path: str) -> Spec:
             "input_dims": kernel.input_dims,
             "momentum": kernel.norm.momentum,
         }
-        spec["extractor"] = _module_to_spec(kernel.extractor, _join(path, "extractor"))
+        spec["extractor"] = module_to_spec(kernel.extractor, _join(path, "extractor"))
         spec["children"] = {
             n: _kernel_to_spec(child, _join(path, n)) for n, child in kernel.named_sub_kernels()
         }
@@ -202,7 +187,8 @@ def _kernel_to_spec(kernel: Kernel, path: str) -> Spec:
         described = _constraint_to_spec(constraint, key, place)
         spec.setdefault("constraints", {})[key.removesuffix("_constraint")] = described
     for key, (prior, _, _) in kernel._priors.items():
-        spec.setdefault("priors", {})[key] = _prior_to_spec(kernel, prior, key, place)
+        accepted = {*inspect.signature(type(kernel)).parameters, *inspect.signature(Kernel).parameters}
+        spec.setdefault("priors", {})[key] = prior_to_spec(prior, key, place, key in accepted)
     return spec
 
 
@@ -239,19 +225,20 @@ def _transform_name(transform: Any, key: str, place: str) -> str:
     )
 
 
-def _prior_to_spec(kernel: Kernel, prior: priors.Prior, key: str, place: str) -> Spec:
+def prior_to_spec(prior: priors.Prior, key: str, place: str, accepted: bool = True) -> Spec:
+    """A prior of gpytorch as JSON; accepted: whether the constructor of what has it takes it. Raises ModelFileError."""
     name = type(prior).__name__
     known = type(prior) is getattr(priors, name, None) and name in _PRIORS
-    accepted = {*inspect.signature(type(kernel)).parameters, *inspect.signature(Kernel).parameters}
-    if not known or getattr(prior, "_transform", None) is not None or key not in accepted:
+    if not known or getattr(prior, "_transform", None) is not None or not accepted:
         raise ModelFileError(
             f"The prior {key} = {name}{place} cannot be saved; use one of {', '.join(sorted(_PRIORS))} "
-            "without a transform, given to the kernel's constructor, or none (predictions do not use it)."
+            "without a transform, given to the constructor, or none (predictions do not use it)."
         )
     return {"type": name, **{arg: _to_json(getattr(prior, arg)) for arg in _PRIORS[name]}}
 
 
-def _module_to_spec(module: nn.Module, path: str) -> Spec:
+def module_to_spec(module: nn.Module, path: str) -> Spec:
+    """How a module is built, as JSON; of one that is not of fspace's or torch's standard layers only its name."""
     name = type(module).__name__
     if type(module) is _EXTRACTORS.get(name):
         spec: Spec = {"type": name, "args": dict(cast(dict[str, Any], module.config))}
@@ -293,10 +280,10 @@ def _kernel_from_spec(spec: Mapping[str, Any], modules: Mapping[str, nn.Module])
     children = {key: _kernel_from_spec(child, modules) for key, child in spec.get("children", {}).items()}
     args = dict(spec.get("args", {}))
     for key, prior in spec.get("priors", {}).items():
-        args[key] = _prior_from_spec(prior)
+        args[key] = prior_from_spec(prior)
     kernel: Kernel
     if name == "DeepKernel":
-        extractor = _module_from_spec(spec["extractor"], modules)
+        extractor = module_from_spec(spec["extractor"], modules)
         kernel = DeepKernel(extractor, children["base"], children.get("plain"), **args)
     elif name in _SUMS:
         kernel = _SUMS[name](*[children[key] for key in sorted(children, key=int)])
@@ -339,12 +326,14 @@ def _constraint_from_spec(spec: Mapping[str, Any]) -> constraints.Interval:
     return getattr(constraints, spec["type"])(**bounds, transform=transform, inv_transform=inverse)
 
 
-def _prior_from_spec(spec: Mapping[str, Any]) -> priors.Prior:
+def prior_from_spec(spec: Mapping[str, Any]) -> priors.Prior:
+    """The prior that `prior_to_spec` described."""
     args = {arg: _from_json(spec[arg]) for arg in _PRIORS[spec["type"]]}
     return getattr(priors, spec["type"])(**args)
 
 
-def _module_from_spec(spec: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> nn.Module:
+def module_from_spec(spec: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> nn.Module:
+    """What `module_to_spec` described, with weights of its own. Raises ModelFileError where it cannot be built."""
     name = spec["type"]
     if name == "custom":
         if spec["name"] not in modules:

@@ -72,6 +72,17 @@ class MLP(nn.Module):
             x = self._act(layer(x))
         return self.layers[-1](x)
 
+    def stacked(
+        self, weights: Sequence[tuple[Float[Tensor, "s _ _"], Float[Tensor, "s _"]]], x: Float[Tensor, "n i"]
+    ) -> Float[Tensor, "s n o"]:
+        """Outputs of s networks of this shape, whose weights and biases are given layer by layer: one batched product a
+        layer, at less than half the overhead of `vmap` where networks are small."""
+        h = x.expand(len(weights[0][0]), *x.shape)
+        for k, (weight, bias) in enumerate(weights):
+            h = self._act(h) if k else h
+            h = torch.baddbmm(bias[:, None], h, weight.mT)
+        return h
+
 
 class SoftSpectralLinear(nn.Module):
     """Linear map whose weight is divided by max(1, sigma / coeff), sigma its largest singular value.

@@ -8,6 +8,7 @@ place of their differences is ours.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import uuid
@@ -25,6 +26,7 @@ from fspace.inference.gp import Scaling
 from fspace.inference.likelihoods import OffsetLikelihood, functions
 from fspace.inference.nongaussian import posterior_of
 from fspace.kernels.deep import DeepKernel
+from fspace.server.names import name_trouble
 from fspace.server.natural import (
     Form,
     Total,
@@ -83,7 +85,7 @@ class PosteriorServer:
         self._lock = threading.RLock()
         self._store = Store(path)
         self._served: dict[str, _Served] = {}
-        self._noted = 0.0
+        self._noted = -math.inf  # of the monotonic clock
         try:
             for row in self._store.bases():
                 if row.state != "closed":
@@ -116,7 +118,14 @@ class PosteriorServer:
                 f"{self._store.path} is damaged: site {row.site_id!r} is not what was written. Restore the file from "
                 "a copy, or start with a new one and let the workers send their sites again."
             )
-        return site_from_bytes(row.content, form)
+        site = site_from_bytes(row.content, form)
+        kept = row.basis_id, row.site_id, row.incarnation, row.version, row.row_count
+        if kept != (site.basis_id, site.site_id, site.incarnation, site.version, site.count):
+            raise ServerError(
+                f"{self._store.path} is damaged: the row of site {row.site_id!r} holds another site. Restore the file "
+                "from a copy, or start with a new one and let the workers send their sites again."
+            )
+        return site
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -245,7 +254,11 @@ class PosteriorServer:
 
     def join(self, site_id: str) -> str:
         """A new incarnation for a contributor that starts or starts again: what earlier ones send is refused from now
-        on, so that their late messages cannot replace what the new one says. Needed after `remove`."""
+        on, so that their late messages cannot replace what the new one says. Needed after `remove`. Raises SiteRefused
+        for a name that no site can have (name)."""
+        trouble = name_trouble("site_id", site_id) if site_id else "site_id is empty; name the contributor."
+        if trouble is not None:
+            raise SiteRefused("name", trouble)
         incarnation = uuid.uuid4().hex
         with self._lock, self._store.transaction():
             self._store.write_incarnation(site_id, incarnation)
@@ -452,14 +465,18 @@ class PosteriorServer:
 
     def _note_evidence(self) -> None:
         """The log evidence of the basis that serves, into its history, not more than once a second."""
-        now = time.time()
+        now = (
+            time.monotonic()
+        )  # the other clock may be set back, and nothing would be noted until it has caught up
         if now - self._noted < EVIDENCE_EVERY or not self._served:
             return
         served = self._served[self._serving_id()]
         total = served.total.site()
         names = self._store.site_names(served.basis.id)
         with self._store.transaction():
-            self._store.write_evidence(now, served.basis.id, len(names), total.count, log_normaliser(total))
+            self._store.write_evidence(
+                time.time(), served.basis.id, len(names), total.count, log_normaliser(total)
+            )
         self._noted = now
 
     def status(self, contributions: bool = False) -> dict[str, Any]:

@@ -9,13 +9,14 @@ import asyncio
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fspace.errors import AccessRefused, FspaceError, ModelFileError, OptionError, ServerError, SiteRefused
 from fspace.server.core import PosteriorServer
 from fspace.server.page import page
-from fspace.server.tokens import Buckets, Limits, Tokens
+from fspace.server.tokens import Buckets, Grant, Limits, Tokens
 from fspace.server.weights import WeightBasis
 from fspace.server.wire import (
     basis_bytes,
@@ -35,6 +36,10 @@ except ImportError as error:
     raise OptionError("The network front needs FastAPI and uvicorn: pip install 'fspace[serve]'.") from error
 
 BYTES = "application/octet-stream"
+KEEP_ALIVE = (
+    60  # seconds a silent connection stays open: longer than clients keep theirs (httpx: 5), or one is closed
+)
+# under a request that is just being sent
 MODEL = "model"  # the attachment that holds the model file
 STATUS = {
     "format": 400,
@@ -87,6 +92,7 @@ class _Front:
         self._server, self._tokens, self._limits = server, tokens, limits
         self._buckets = Buckets(limits.rate, limits.burst)
         self._active = 0
+        self._arriving: Counter[str] = Counter()  # bodies of each token that are on their way
         self._basis_content: dict[str, bytes] = {}
 
     def guarded(self, call: Callable[[Request], Awaitable[Response]]) -> Callable[[Any], Awaitable[Response]]:
@@ -117,14 +123,30 @@ class _Front:
 
         return answer
 
-    def _allow(self, request: Request, right: str, site_id: str | None = None) -> None:
+    def _allow(self, request: Request, right: str, site_id: str | None = None) -> Grant:
         kind, _, token = request.headers.get("authorization", "").partition(" ")
         grant = self._tokens.check(token.strip() if kind.lower() == "bearer" else None)
         self._buckets.take(grant.id)
         grant.require(right, site_id)
+        return grant
 
-    async def _body(self, request: Request, most: int, what: str) -> bytes:
-        """The body, of at most so many bytes: what says that it is longer is not read, what is longer is cut off."""
+    async def _body(self, request: Request, grant: Grant, most: int, what: str) -> bytes:
+        """The body, of at most so many bytes: what says that it is longer is not read, what is longer is cut off. Slow
+        bodies of one token leave half of the places to others."""
+        if self._arriving[grant.id] >= max(1, self._limits.concurrent // 2):
+            raise AccessRefused(
+                "busy",
+                "Too many bodies of this token are on their way; send them one after another.",
+                status=429,
+                retry_after=1.0,
+            )
+        self._arriving[grant.id] += 1
+        try:
+            return await self._arrived(request, most, what)
+        finally:
+            self._arriving[grant.id] -= 1
+
+    async def _arrived(self, request: Request, most: int, what: str) -> bytes:
         too_large = SiteRefused("size", f"The body is larger than {what} can be ({most:,} bytes).")
         told = request.headers.get("content-length")
         if told is not None and (not told.isdecimal() or int(told) > most):
@@ -146,12 +168,12 @@ class _Front:
 
     async def put(self, request: Request) -> Response:
         site_id = request.path_params["site_id"]
-        self._allow(request, "put", site_id)
+        grant = self._allow(request, "put", site_id)
         forms = await run_in_threadpool(self._server.forms)
         most = max((most_bytes(form) for form in forms.values()), default=0)
         if not most:
             raise ServerError("The server has no basis yet; register one.")
-        content = await self._body(request, most, "a site of this basis")
+        content = await self._body(request, grant, most, "a site of this basis")
 
         def put() -> Any:
             name = basis_id_of(content)
@@ -226,8 +248,8 @@ class _Front:
         return _bytes(content, tag)
 
     async def register_basis(self, request: Request) -> Response:
-        self._allow(request, "admin")
-        content = await self._body(request, self._limits.basis_bytes, "a basis here")
+        grant = self._allow(request, "admin")
+        content = await self._body(request, grant, self._limits.basis_bytes, "a basis here")
 
         def register() -> str:
             if WeightBasis.is_in(content):

@@ -76,10 +76,14 @@ def moments(site: Site) -> tuple[Float[Tensor, "t m"], Tensor]:
     """Mean [t, m] and covariance [t, m, m] (variances [t, m] where diagonal) of the posterior."""
     factor = factor_of(site)
     if is_diagonal(site):
-        variance = factor.square().reciprocal()
-        return variance * site.shift, variance
-    mean = torch.cholesky_solve(site.shift[..., None], factor)[..., 0]
-    return mean, torch.cholesky_inverse(factor)
+        return _mean(site, factor), factor.square().reciprocal()
+    return _mean(site, factor), torch.cholesky_inverse(factor)
+
+
+def _mean(site: Site, factor: Tensor) -> Float[Tensor, "t m"]:
+    if is_diagonal(site):
+        return site.shift / factor.square()
+    return torch.cholesky_solve(site.shift[..., None], factor)[..., 0]
 
 
 def log_normaliser(site: Site) -> float:
@@ -96,7 +100,7 @@ def log_normaliser(site: Site) -> float:
 def divergence(one: Site, other: Site) -> float:
     """KL divergence (nats) of the posterior that `one` gives from the posterior that `other` gives."""
     first, second = factor_of(one), factor_of(other)
-    mean = moments(one)[0] - moments(other)[0]
+    mean = _mean(one, first) - _mean(other, second)
     if is_diagonal(one):
         ratio = (second / first).square()
         quadratic = (second * mean).square().sum()

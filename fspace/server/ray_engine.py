@@ -14,7 +14,6 @@ from typing import Any
 
 from fspace.errors import OptionError, ServerError
 from fspace.server.engines import Engine
-from fspace.server.workers import Worker
 
 
 class RayEngine(Engine):
@@ -43,7 +42,7 @@ class RayEngine(Engine):
         self.options = {"scheduling_strategy": "SPREAD", **(options or {})}
         self._started_here = False
 
-    def start(self, workers: Mapping[str, Worker]) -> None:
+    def start(self, workers: Mapping[str, Any]) -> None:
         ray = self._ray
         if not ray.is_initialized():
             self._started_here = True
@@ -97,7 +96,7 @@ class RayEngine(Engine):
 class _Actor:
     """A worker in a process of its own, one thread."""
 
-    def __init__(self, worker: Worker):
+    def __init__(self, worker: Any):
         import torch
 
         torch.set_num_threads(1)

@@ -17,8 +17,9 @@ from gpytorch.likelihoods import GaussianLikelihood
 from jaxtyping import Float
 from torch import Tensor
 
-from fspace.errors import DataError, ModelFileError, OptionError, ServerError
+from fspace.errors import DataError, ModelFileError, OptionError, ServerError, SiteRefused
 from fspace.estimators import GPClassifier
+from fspace.folders import model_file
 from fspace.inference.basis import Basis, Site
 from fspace.inference.gp import GPPosterior, Scaling
 from fspace.inference.likelihoods import REAL, OffsetLikelihood
@@ -27,9 +28,10 @@ from fspace.posterior import MixturePosterior
 from fspace.saving import load
 from fspace.server.client import LOOPBACK, RemoteServer
 from fspace.server.core import PosteriorServer, form_of
-from fspace.server.http import MODEL, create_app
+from fspace.server.http import KEEP_ALIVE, MODEL, create_app
 from fspace.server.local_updates import Update, new_site
 from fspace.server.tokens import Limits, Tokens
+from fspace.server.weights import WeightBasis
 from fspace.targets import check_labels, check_support
 
 Say = Callable[[str], Any]
@@ -49,7 +51,11 @@ class Listening:
     rate: float = 50.0
 
     def check(self) -> None:
-        """Raises OptionError for half a certificate, and for no TLS where other machines reach it."""
+        """Raises OptionError for half a certificate, no TLS where other machines reach it, and a rate of none."""
+        if not 0 < self.rate < math.inf:
+            raise OptionError(
+                f"--rate {self.rate:g} must be above 0: how many requests a second one token has."
+            )
         if (self.certificate is None) != (self.key is None):
             raise OptionError("--certificate and --key go together; give both.")
         for option, file in (("--certificate", self.certificate), ("--key", self.key)):
@@ -98,10 +104,12 @@ def heaviest(model: Any) -> GPPosterior:
 
 
 def register_model(server: PosteriorServer, file: str) -> str:
-    """Register the basis of a saved model and keep the file beside it; the basis' id. Raises ModelFileError."""
-    member = heaviest(load(file, device="cpu"))
+    """Register the basis of a saved model (or of the folder that `fspace fit` wrote) and keep the file beside it; the
+    basis' id. Raises ModelFileError."""
+    saved = model_file(file)
+    member = heaviest(load(saved, device="cpu"))
     basis_id = server.register_basis(member.basis, member.scaling)
-    server.attach(MODEL, Path(file).read_bytes())
+    server.attach(MODEL, saved.read_bytes())
     return basis_id
 
 
@@ -110,6 +118,10 @@ def serve_store(store: str, tokens: str, model: str | None, where: Listening, sa
     import uvicorn
 
     where.check()
+    if model is not None:
+        model_file(model)
+    elif not Path(store).exists():  # opening would make an empty one
+        raise OptionError(f"{store} has no basis; give --model, a model that `fspace fit` saved.")
     known = Tokens(tokens)
     with PosteriorServer(store) as server:
         if model is not None:
@@ -133,6 +145,7 @@ def serve_store(store: str, tokens: str, model: str | None, where: Listening, sa
                 ssl_certfile=where.certificate,
                 ssl_keyfile=where.key,
                 timeout_graceful_shutdown=5,
+                timeout_keep_alive=KEEP_ALIVE,
             )
             config.load()
         except (OSError, ValueError) as error:  # ssl's errors are OSErrors
@@ -194,7 +207,7 @@ def table_rows(
         labels = check_labels(target.iloc[:, 0], len(frame), model.classes_)[1]
         return x, torch.from_numpy(labels.astype(np.float64)[:, None])
     values = np.asarray(check_target(target), dtype=np.float64).reshape(len(frame), -1)
-    y = (torch.from_numpy(values) - scaling.y_shift) / scaling.y_scale
+    y = scaling.modelled(torch.from_numpy(values))
     if isinstance(likelihood, OffsetLikelihood):
         if not isinstance(likelihood.inner, REAL):
             check_support(values, likelihood.inner, values.shape[1] == 1)
@@ -204,14 +217,31 @@ def table_rows(
 
 def work(address: Address, data: str, site_id: str, rounds: int, say: Say) -> Site:
     """Make the site of a table and put it: once for Gaussian noise, else in rounds against what the others say, until
-    it settles."""
+    it settles. On the basis of the open epoch, if there is one; where an epoch opens or ends meanwhile, anew."""
     if rounds < 1:
         raise OptionError(f"--rounds {rounds} must be at least 1.")
     with address.connect() as server:
-        basis, scaling = server.basis()
-        if not isinstance(basis, Basis) or scaling is None:
-            raise ServerError("The server's basis is of weights; a table has a site on a basis of functions.")
-        x, y = table_rows(model_of(server), basis, scaling, data)
+        made = None
+        while made is None:
+            made = _work_on(server, *server.basis(), data, site_id, rounds, say)
+        say(f"Log evidence of all sites: {server.log_evidence():,.4f} nats")
+        return made
+
+
+def _work_on(
+    server: RemoteServer,
+    basis: Basis | WeightBasis,
+    scaling: Scaling | None,
+    data: str,
+    site_id: str,
+    rounds: int,
+    say: Say,
+) -> Site | None:
+    """The site on one basis, put; None where another basis is to have sites by now."""
+    if not isinstance(basis, Basis) or scaling is None:
+        raise ServerError("The server's basis is of weights; a table has a site on a basis of functions.")
+    x, y = table_rows(model_of(server), basis, scaling, data)
+    try:
         before = server.get(site_id, basis.id)
         start = before if before is not None else form_of(basis).empty(basis.id, site_id)
         own = replace(start, incarnation=server.join(site_id), version=-1)
@@ -219,7 +249,7 @@ def work(address: Address, data: str, site_id: str, rounds: int, say: Say) -> Si
         moved = math.inf
         for _ in range(1 if gaussian else rounds):
             cavity = own if gaussian else server.cavity(site_id, basis.id)
-            made = new_site(basis, x, y, own, cavity, Update())
+            made = scaling.with_jacobian(new_site(basis, x, y, own, cavity, Update()))
             receipt = server.put(made)
             if receipt.step < 1:  # it is kept with a smaller step than was sent
                 kept = server.get(site_id, basis.id)
@@ -231,12 +261,17 @@ def work(address: Address, data: str, site_id: str, rounds: int, say: Say) -> Si
                 f"Site {site_id!r} version {receipt.version}: {receipt.status}, {own.count:,} rows, step "
                 f"{receipt.step:g}" + ("" if gaussian else f", moved by {moved:.1e}")
             )
-            if moved < SETTLED:
+            if moved < SETTLED or server.basis()[0].id != basis.id:
                 break
-        if not gaussian and moved >= SETTLED:
-            say(f"Not settled after {rounds} rounds; other workers may be moving. Run it again to go on.")
-        say(f"Log evidence of all sites: {server.log_evidence():,.4f} nats")
-        return own
+    except SiteRefused as error:
+        if error.reason != "basis" or server.basis()[0].id == basis.id:
+            raise
+    if server.basis()[0].id != basis.id:
+        say("The server has a new basis: making the site anew on that.")
+        return None
+    if not gaussian and moved >= SETTLED:
+        say(f"Not settled after {rounds} rounds; other workers may be moving. Run it again to go on.")
+    return own
 
 
 def fetch_model(address: Address, out: str, overwrite: bool = False) -> str:

@@ -72,9 +72,16 @@ class Store:
         name = ":memory:" if self.path is None else str(self.path)
         try:
             self._db = sqlite3.connect(name, timeout=2.0, isolation_level=None, check_same_thread=False)
-            self._open()
         except sqlite3.Error as error:
             raise self._trouble(error) from error
+        try:
+            self._open()
+        except BaseException as error:
+            self._db.close()
+            # sqlite3 decodes some messages about a damaged file, with bytes of the file in them
+            if isinstance(error, sqlite3.Error | UnicodeDecodeError):
+                raise self._trouble(error) from error
+            raise
 
     def _open(self) -> None:
         self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -97,11 +104,12 @@ class Store:
                 "start with a new one and let the workers send their sites again."
             )
 
-    def _trouble(self, error: sqlite3.Error) -> ServerError:
+    def _trouble(self, error: sqlite3.Error | UnicodeDecodeError) -> ServerError:
         text = str(error)
         if "locked" in text or "busy" in text:
             return ServerError(f"{self.path} is in use by another process; stop that one first.")
-        if "malformed" in text or "not a database" in text or "corrupt" in text:
+        unread = isinstance(error, UnicodeDecodeError)
+        if unread or "malformed" in text or "not a database" in text or "corrupt" in text:
             return ServerError(
                 f"{self.path} is damaged or no database ({text}); nothing was read from it. Restore the file from a "
                 "copy, or start with a new one and let the workers send their sites again."

@@ -11,11 +11,13 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from fspace.errors import AccessRefused, OptionError, ServerError
+from fspace.server.names import name_trouble
 
 RIGHTS = ("put", "read", "admin")
 
@@ -23,7 +25,7 @@ RIGHTS = ("put", "read", "admin")
 @dataclass(frozen=True)
 class Limits:
     """What the network front takes: requests a second and at once of one token, requests in hand of all, bytes of a
-    basis, seconds that a body may take to arrive."""
+    basis, seconds that a body may take to arrive. Of the requests in hand, one token may have half."""
 
     rate: float = 50.0
     burst: int = 100
@@ -70,13 +72,16 @@ class Tokens:
         self._refresh()
 
     def issue(self, rights: Iterable[str], site: str | None = None, days: float | int = 30) -> str:
-        """A new token, which is shown only here. Raises OptionError for unknown rights, `put` without a site, and a
-        life that is not positive."""
+        """A new token, which is shown only here. Raises OptionError for unknown rights, `put` without a site, a
+        site of no allowed name, and a life that is not positive."""
         wanted = tuple(dict.fromkeys(rights))
         if not wanted or not set(wanted) <= set(RIGHTS):
             raise OptionError(f"rights={', '.join(wanted)!r}: choose among {', '.join(RIGHTS)}.")
         if "put" in wanted and not site:
             raise OptionError("The right 'put' is for one site; name the site of this token.")
+        trouble = None if site is None else name_trouble("site", site)
+        if trouble is not None:
+            raise OptionError(trouble)
         if not (math.isfinite(days) and days > 0):
             raise OptionError(f"days={days!r} must be a positive number.")
         name, secret = secrets.token_hex(4), secrets.token_urlsafe(32)
@@ -160,7 +165,7 @@ class Tokens:
             return
         try:
             rows = json.loads(self.path.read_text(encoding="utf-8"))["tokens"]
-            grants = [Grant(**{**row, "rights": tuple(row["rights"])}) for row in rows]
+            grants = [_grant(row) for row in rows]
         except (OSError, ValueError, TypeError, LookupError) as error:
             raise ServerError(
                 f"{self.path} is no file of tokens, or damaged ({error}); restore it, or make new tokens in another."
@@ -209,6 +214,18 @@ class Buckets:
                 retry_after=(1 - level) / self.rate,
             )
         self._levels[name] = (level - 1, now)
+
+
+def _grant(row: Mapping[str, Any]) -> Grant:
+    """A row of the file. Raises ValueError, TypeError or LookupError for what is none."""
+    grant = Grant(**{**row, "rights": tuple(row["rights"])})
+    kinds = {"id": str, "hash": str, "site": str | None, "expires": int | float, "revoked": bool}
+    for name, kind in kinds.items():
+        if not isinstance(getattr(grant, name), kind):
+            raise TypeError(f"{name} of token {grant.id!r} is {getattr(grant, name)!r}")
+    if not grant.hash.isascii():
+        raise ValueError(f"hash of token {grant.id!r} is none")
+    return grant
 
 
 def _hash(token: str) -> str:

@@ -23,10 +23,11 @@ from fspace.errors import ModelFileError, SiteRefused
 from fspace.inference.basis import Basis, Site
 from fspace.inference.gp import Scaling
 from fspace.saving import describe_basis, read_basis
+from fspace.server.names import name_trouble
 from fspace.server.natural import Form, is_diagonal
 
 HEADER = 4096  # bytes of a site's header, at most
-NAME = 200  # characters of a site's name or incarnation, at most
+MOST = {"version": 10**18, "count": 10**12}  # rows of a million contributors still are an int64
 LARGEST = 1e15  # of any number of a site: beside that, float64 loses the prior's precision of 1
 ABOUT = {"basis_id": str, "site_id": str, "incarnation": str, "version": int, "count": int}
 _FIELDS = ("precision", "shift", "log_scale")
@@ -153,12 +154,13 @@ def check_site(site: Site, form: Form) -> Site:
     """The site, on the CPU and exactly symmetric. Raises SiteRefused for one that no rows could have made."""
     names = {"site_id": site.site_id, "incarnation": site.incarnation}
     for name, text in names.items():
-        if not isinstance(text, str) or len(text) > NAME or not text.isprintable():
-            raise SiteRefused("name", f"{name} must be printable text of at most {NAME} characters.")
+        trouble = name_trouble(name, text)
+        if trouble is not None:
+            raise SiteRefused("name", trouble)
     if not site.site_id:
         raise SiteRefused("name", "site_id is empty; name the contributor.")
     for name, number in {"version": site.version, "count": site.count}.items():
-        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 10**18:
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < MOST[name]:
             raise SiteRefused(
                 "values", f"{name} of site {site.site_id!r} is {number!r}, not a whole number from 0."
             )

@@ -7,21 +7,25 @@ So a worker that dies and starts again goes on where its site is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from gpytorch.kernels import Kernel
 from jaxtyping import Float
 from torch import Tensor
 
 from fspace.errors import DataError
 from fspace.inference.basis import Basis, Site
-from fspace.inference.collapsed import CHUNK, Statistics, chunks, gather, statistics
+from fspace.inference.collapsed import CHUNK, Statistics, chunks
 from fspace.inference.gp import Scaling
 from fspace.inference.likelihoods import OffsetLikelihood
+from fspace.inference.numerics import solve_lower
+from fspace.kernels.deep import embed, embedded_kernel
+from fspace.kernels.evaluate import covariance, diagonal
 from fspace.server.local_updates import Update, new_site
 
 Rows: TypeAlias = tuple[
@@ -31,17 +35,20 @@ Rows: TypeAlias = tuple[
 
 @dataclass(frozen=True)
 class TableShard:
-    """A CSV or Parquet file of numbers: the columns named as targets are y, all others x, in the file's order."""
+    """A CSV or Parquet file of numbers: the columns named as targets are y, all others x, in file order."""
 
     path: str | Path
-    targets: tuple[str, ...]
+    targets: str | tuple[str, ...]
 
     def __call__(self) -> Rows:
         """Read the file. Raises DataError for a file or a column that cannot be used."""
         from fspace.datasets import read_table
 
         table = read_table(self.path)
-        missing = [name for name in self.targets if name not in table.columns]
+        targets = [self.targets] if isinstance(self.targets, str) else list(self.targets)
+        missing = [name for name in targets if name not in table.columns]
+        if not targets:
+            raise DataError(f"targets is empty; name the columns of {str(self.path)!r} that are y.")
         if missing:
             raise DataError(
                 f"{str(self.path)!r} has no column {missing[0]!r}; it has {', '.join(table.columns)}."
@@ -52,8 +59,8 @@ class TableShard:
                 f"Column {words[0]!r} of {str(self.path)!r} holds no numbers; encode it first, or pass a function that "
                 "returns the encoded rows as shard."
             )
-        y = table[list(self.targets)].to_numpy(np.float64)
-        return table.drop(columns=list(self.targets)).to_numpy(np.float64), y
+        y = table[targets].to_numpy(np.float64)
+        return table.drop(columns=targets).to_numpy(np.float64), y
 
 
 Shard: TypeAlias = Rows | TableShard | Callable[[], Rows]
@@ -66,7 +73,7 @@ class Worker:
         self.name, self.shard, self.how = name, shard, how
         self.basis, self.scaling = basis, scaling
         self._rows: tuple[Tensor, Tensor] | None = None
-        self._learner: Basis | None = None
+        self._learner: Kernel | None = None
 
     @property
     def rows(self) -> tuple[Tensor, Float[Tensor, "n t"]]:
@@ -76,44 +83,64 @@ class Worker:
             self._rows = in_units_of_basis(self.basis, self.scaling, x, y, self.name)
         return self._rows
 
-    def step(self, own: Site, cavity: Site) -> Site:
-        """The next site from the last one and what all others say."""
+    def step(self, own: Site, cavity: Site, basis: Basis | None = None) -> Site:
+        """The next site from the last one and what all others say; on another basis than the worker's if one is given
+        (of the same units)."""
         x, y = self.rows
-        return new_site(self.basis, x, y, own, cavity, self.how)
+        basis = self.basis if basis is None else basis
+        return self.scaling.with_jacobian(new_site(basis, x, y, own, cavity, self.how))
 
-    def learn_from(self, parameters: list[Tensor]) -> None:
-        """Move the worker's own copy of the basis to new parameters of kernel and inducing inputs."""
-        if self._learner is None:
-            kernel = copy.deepcopy(self.basis.kernel)
-            self._learner = Basis(kernel, self.basis.inducing_inputs.clone(), self.basis.likelihood)
-        inputs, *rest = parameters
-        self._learner.inducing_inputs.data = inputs.clone()
-        with torch.no_grad():
-            for own, new in zip(self._learner.kernel.parameters(), rest, strict=True):
-                own.copy_(new)
+    @torch.no_grad()
+    def statistics(
+        self, factor: Float[Tensor, "m m"], inducing: Float[Tensor, "m p"], *state: Tensor
+    ) -> Statistics:
+        """The additive statistics of the shard, whitened by the factor of K_uu, at these inducing inputs and this state
+        of the kernel (`state_of`): O(m^2) numbers, whatever the rows."""
+        blocks = self._blocks(factor, inducing, self._kernel_at(state))
+        total = next(blocks)
+        for block in blocks:
+            total = total + block
+        return total
 
-    def statistics(self, parameters: list[Tensor]) -> Statistics:
-        """The additive statistics of the shard at these parameters: O(m^2) numbers, whatever the rows."""
-        self.learn_from(parameters)
-        assert self._learner is not None
-        return gather(self._learner.kernel, self._learner.inducing_inputs, *self.rows, CHUNK)
-
-    def gradient(self, parameters: list[Tensor], outer: Tensor, cross: Tensor, trace: Tensor) -> list[Tensor]:
-        """The shard's part of the bound's gradient in inducing inputs and kernel parameters, from the gradient in the
-        statistics."""
-        self.learn_from(parameters)
-        assert self._learner is not None
-        kernel, inducing = self._learner.kernel, self._learner.inducing_inputs.requires_grad_(True)
+    def gradient(
+        self,
+        outer: Float[Tensor, "m m"],
+        cross: Float[Tensor, "m t"],
+        trace: Float[Tensor, ""],
+        factor: Float[Tensor, "m m"],
+        inducing: Float[Tensor, "m p"],
+        *state: Tensor,
+    ) -> list[Tensor]:
+        """The shard's part of the bound's gradient in inducing inputs and parameters of the kernel at a fixed factor of
+        K_uu, from the gradient in the statistics."""
+        kernel, inducing = self._kernel_at(state), inducing.clone().requires_grad_()
         leaves = [inducing, *kernel.parameters()]
         for leaf in leaves:
-            leaf.requires_grad_(True)
             leaf.grad = None
-        for x, y in chunks(*self.rows, CHUNK):
-            block = statistics(kernel, inducing, x, y)
+        for block in self._blocks(factor, inducing, kernel):
             ((outer * block.outer).sum() + (cross * block.cross).sum() + trace * block.trace).backward()
-        found = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.clone() for leaf in leaves]
-        inducing.requires_grad_(False)
-        return found
+        return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+
+    def _blocks(self, factor: Tensor, inducing: Tensor, kernel: Kernel) -> Iterator[Statistics]:
+        inner = embedded_kernel(kernel)
+        for x, y in chunks(*self.rows, CHUNK):
+            z = embed(kernel, x)
+            v = solve_lower(factor, covariance(inner, inducing, z))
+            yield Statistics(v @ v.mT, v @ y, y.square().sum(0), diagonal(inner, z).sum(), len(y))
+
+    def _kernel_at(self, state: Sequence[Tensor]) -> Kernel:
+        """The worker's own copy of the kernel, which learns, in this state."""
+        if self._learner is None:
+            self._learner = copy.deepcopy(self.basis.kernel).eval().requires_grad_(True)
+        with torch.no_grad():
+            for own, new in zip(state_of(self._learner), state, strict=True):
+                own.copy_(new)
+        return self._learner
+
+
+def state_of(kernel: Kernel) -> list[Tensor]:
+    """Parameters of a kernel, then what else a network keeps (estimates of spectral norms, statistics)."""
+    return [*kernel.parameters(), *kernel.buffers()]
 
 
 def in_units_of_basis(
@@ -132,9 +159,26 @@ def in_units_of_basis(
         raise DataError(
             f"Shard {name!r}: x {list(x.shape)} and y {list(y.shape)} must be n rows each, with {outputs} outputs."
         )
+    if not len(x):
+        raise DataError(f"Shard {name!r} has no rows; leave it out.")
     row = scaling.shift.shape
     if x.ndim <= len(row) or any(a not in (1, b) for a, b in zip(row, x.shape[-len(row) :])):
         raise DataError(f"Shard {name!r}: x has shape {list(x.shape)}; rows of this basis are {list(row)}.")
+    require_finite(name, x, y)
+    x = scaling.inputs(x)
+    if classes:
+        labels = set(range(likelihood.classes))
+        if not set(y.unique().tolist()) <= labels:
+            raise DataError(f"Shard {name!r}: y must hold classes 0 to {likelihood.classes - 1}.")
+        return x, y
+    y = scaling.modelled(y)
+    if isinstance(likelihood, OffsetLikelihood):
+        y = y + likelihood.offset.detach()
+    return x, y
+
+
+def require_finite(name: str, x: Tensor, y: Tensor) -> None:
+    """Raises DataError, naming the shard and the row, for NaN and infinite values."""
     for what, values in (("x", x), ("y", y)):
         bad = ~values.reshape(len(values), -1).isfinite().all(1)
         if bool(bad.any()):
@@ -142,13 +186,3 @@ def in_units_of_basis(
             raise DataError(
                 f"Shard {name!r}: row {first} of {what} holds NaN or infinite values; leave such rows out."
             )
-    x = scaling.inputs(x)
-    if classes:
-        labels = set(range(likelihood.classes))
-        if not set(y.unique().tolist()) <= labels:
-            raise DataError(f"Shard {name!r}: y must hold classes 0 to {likelihood.classes - 1}.")
-        return x, y
-    y = (y - scaling.y_shift) / scaling.y_scale
-    if isinstance(likelihood, OffsetLikelihood):
-        y = y + likelihood.offset.detach()
-    return x, y

@@ -2,13 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from gpytorch.kernels import RBFKernel, ScaleKernel
+from gpytorch.priors import GammaPrior, LogNormalPrior
 from torch.distributions import MultivariateNormal
 
+import fspace
 from fspace.errors import NumericalError
 from fspace.inference.exact import leave_one_out, log_marginal_likelihood
+from fspace.inference.optimise import kernel_penalty, log_prior
 
 NOISE = torch.tensor([0.05, 0.3, 1.2], dtype=torch.float64)
 
@@ -115,3 +119,40 @@ def test_a_matrix_that_is_no_covariance_is_refused_by_name(case, function):
     k[3, 4] = float("nan")
     with pytest.raises(NumericalError, match="NaN"):
         function(k, y, NOISE)
+
+
+def test_a_prior_that_is_registered_on_a_kernel_counts():
+    """Minus its log density takes the place of the weak pull on that lengthscale; other parameters' are added."""
+
+    def kernel(own=None, scale=None):
+        made = ScaleKernel(RBFKernel(ard_num_dims=2, lengthscale_prior=own), outputscale_prior=scale).double()
+        made.outputscale, made.base_kernel.lengthscale = 1.7, torch.tensor([[0.5, 3.0]])
+        return made
+
+    logs = torch.tensor([0.5, 3.0]).double().log()
+    pull = 0.125 * (logs - 0.5 * math.log(2)).square().sum()
+    torch.testing.assert_close(kernel_penalty(kernel()), pull)
+    assert log_prior(kernel()) == 0
+    density = -(
+        logs + 0.5 * math.log(2 * math.pi) + math.log(0.3) + 0.5 * ((logs - 1.0) / 0.3).square()
+    ).sum()
+    torch.testing.assert_close(kernel_penalty(kernel(LogNormalPrior(1.0, 0.3))), -density)
+    gamma = 3.0 * math.log(6.0) - math.lgamma(3.0) + 2.0 * math.log(1.7) - 6.0 * 1.7
+    expected = pull - torch.tensor(gamma).double()
+    torch.testing.assert_close(kernel_penalty(kernel(scale=GammaPrior(3.0, 6.0))), expected)
+
+
+@pytest.mark.parametrize("inference", ["exact", "sites"])
+def test_a_strong_prior_decides_a_lengthscale(inference):
+    X = np.random.default_rng(0).normal(size=(80, 1))
+    y = np.sin(3 * X[:, 0])
+    found = []
+    for prior in (None, LogNormalPrior(2.0, 0.01)):
+        base = RBFKernel(ard_num_dims=1, lengthscale_prior=prior)
+        base.lengthscale = math.exp(2.0)
+        model = fspace.GPRegressor(kernel=ScaleKernel(base), inference=inference, progress=False).fit(X, y)
+        found.append(model.posterior_.basis.kernel.base_kernel.lengthscale.item())
+    assert found[1] == pytest.approx(math.exp(2.0), rel=0.1)
+    assert (
+        found[0] < 0.75 * found[1]
+    )  # the twin: without it the rows pull it away, by few steps of sites not to the end

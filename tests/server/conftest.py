@@ -1,8 +1,12 @@
 """A small problem that server tests share: rows, their basis and the shards they are split into."""
 
 import socket
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -15,6 +19,7 @@ from fspace.inference.basis import Basis
 from fspace.inference.likelihoods import BernoulliLikelihood, with_offset
 from fspace.inference.optimise import gaussian_likelihood
 from fspace.server import Limits, PosteriorServer, RemoteServer, Tokens, create_app
+from fspace.server.http import KEEP_ALIVE
 
 
 @dataclass
@@ -57,6 +62,28 @@ def binary() -> Problem:
     return Problem(Basis(_kernel(), x[:25].clone(), likelihood), x, y)
 
 
+@cache
+def _why_no_ray() -> str | None:
+    """Why Ray cannot run here at all, which is no fault of fspace; None where it can."""
+    if find_spec("ray") is None:
+        return "Ray is not installed"
+    code = "import ray; ray.init(include_dashboard=False, log_to_driver=False); ray.shutdown()"
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
+    except subprocess.TimeoutExpired:
+        return "Ray does not start here within three minutes"
+    return f"Ray does not start here: {done.stderr.strip()[-200:]}" if done.returncode else None
+
+
+@pytest.fixture(autouse=True)
+def _ray(request: pytest.FixtureRequest) -> None:
+    """Skips tests of the Ray engine where Ray itself does not run."""
+    about_ray = "ray" in request.node.name and request.node.get_closest_marker("slow")
+    reason = _why_no_ray() if about_ray else None
+    if reason is not None:
+        pytest.skip(reason)
+
+
 class Front:
     """A real uvicorn on a free port of 127.0.0.1, in a thread."""
 
@@ -65,7 +92,9 @@ class Front:
         app = create_app(server, self.tokens, limits or Limits(rate=1e6, burst=10**6))
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._uvicorn = uvicorn.Server(uvicorn.Config(app, log_level="error", **options))
+        self._uvicorn = uvicorn.Server(
+            uvicorn.Config(app, log_level="error", timeout_keep_alive=KEEP_ALIVE, **options)
+        )
         self._thread = threading.Thread(target=self._uvicorn.run, kwargs={"sockets": [self._listener]})
         self._thread.start()
         kind = "https" if "ssl_certfile" in options else "http"

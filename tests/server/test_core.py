@@ -1,6 +1,7 @@
 """The table of sites: replacement, refusals, removal, restarts, epochs; always in natural parameters."""
 
 import sqlite3
+import time
 from dataclasses import replace
 
 import pytest
@@ -252,12 +253,19 @@ def damaged(path, how):
         db.execute("UPDATE sites SET content = ? WHERE rowid = (SELECT min(rowid) FROM sites)", (content,))
         db.commit()
         db.close()
+    elif how == "row":  # the site of another contributor in a row
+        db = sqlite3.connect(path)
+        db.execute("UPDATE sites SET site_id = 'other' WHERE site_id = 's2'")
+        db.commit()
+        db.close()
+    elif how == "schema":  # sqlite3 fails to decode its own message, which quotes the file
+        path.write_bytes(data.replace(b"row_count", b"row\xd4coun"))
     elif how == "page":
         data[len(data) // 2 : len(data) // 2 + 4096] = b"\x5a" * 4096
         path.write_bytes(data)
 
 
-@pytest.mark.parametrize("how", ["cut", "text", "other", "number", "page"])
+@pytest.mark.parametrize("how", ["cut", "text", "other", "number", "row", "schema", "page"])
 def test_a_damaged_file_is_refused(gaussian, tmp_path, how):
     path = tmp_path / "server.db"
     with PosteriorServer(path) as server:
@@ -267,6 +275,38 @@ def test_a_damaged_file_is_refused(gaussian, tmp_path, how):
     damaged(path, how)
     with pytest.raises(ServerError, match="damaged|another program"):
         PosteriorServer(path)
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "a\u200b", 201 * "a", ".."])
+def test_nobody_joins_under_a_name_that_no_site_can_have(gaussian, name):
+    server = PosteriorServer()
+    with pytest.raises(SiteRefused) as refused:
+        server.join(name)
+    assert refused.value.reason == "name"
+    with pytest.raises(OptionError, match="no site"):  # nothing was kept
+        server.remove(name)
+
+
+def test_counts_of_many_contributors_stay_numbers_that_the_file_can_hold(gaussian, tmp_path):
+    with PosteriorServer(tmp_path / "server.db") as server:
+        server.register_basis(gaussian.basis)
+        site = sites_of(gaussian, 4)[0]
+        with pytest.raises(SiteRefused, match="whole number"):
+            server.put(replace(site, count=10**18 - 1))
+        server.put(replace(site, count=10**12 - 1))
+        assert 1_000_000 * server.total().count < 2**63
+
+
+def test_the_evidence_is_noted_though_the_clock_was_set_back(gaussian, monkeypatch):
+    monkeypatch.setattr("fspace.server.core.EVIDENCE_EVERY", 0.0)
+    server = PosteriorServer()
+    server.register_basis(gaussian.basis)
+    one, two, *_ = sites_of(gaussian, 4)
+    server.put(one)
+    now = time.time()
+    monkeypatch.setattr("fspace.server.core.time.time", lambda: now - 86400.0)
+    server.put(two)
+    assert [note["sites"] for note in server.status()["evidence"]] == [1, 2]
 
 
 def test_one_process_a_file(gaussian, tmp_path):

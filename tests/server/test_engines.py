@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +14,12 @@ from fspace.errors import DataError, OptionError, ServerError
 from fspace.inference.collapsed import fit_site, log_evidence
 from fspace.inference.sites import converge
 from fspace.server import LocalEngine, PosteriorServer, TableShard, Update, fit
+from fspace.server.engines import by_name, require_server
 from fspace.server.natural import divergence
 
 
 def engine_of(name):
     if name == "ray":
-        pytest.importorskip("ray")
         from fspace.server.ray_engine import RayEngine
 
         return RayEngine()
@@ -52,7 +53,6 @@ def test_bernoulli_shards_reach_the_pooled_posterior(binary, engine):
 
 @pytest.mark.slow
 def test_ray_says_when_there_is_no_place(gaussian):
-    pytest.importorskip("ray")
     from fspace.server.ray_engine import RayEngine
 
     with pytest.raises(ServerError, match="found no place within 3 s.*'num_gpus': 64"):
@@ -77,7 +77,6 @@ class _Deadly:
 
 @pytest.mark.slow
 def test_ray_starts_a_killed_worker_again(gaussian, tmp_path):
-    pytest.importorskip("ray")
     from fspace.server.ray_engine import RayEngine
 
     shards = [
@@ -112,6 +111,18 @@ def test_a_worker_that_fails_leaves_the_others_to_it(gaussian):
         fit({"bad": broken}, gaussian.basis)
 
 
+@pytest.mark.parametrize("how", ["huge", "exit"])
+def test_a_site_that_is_refused_and_a_worker_that_ends_leave_the_others_to_it(gaussian, how):
+    """Neither an end of `fit` for all, nor an answer that never comes."""
+    x, y = gaussian.shard(0, 2)
+    spoilt = {"huge": (x, 1e200 * y), "exit": lambda: sys.exit("no such option")}[how]
+    found = fit({"bad": spoilt, "good": gaussian.shard(1, 2)}, gaussian.basis)
+    assert {"huge": "beyond 1e+15", "exit": "no such option"}[how] in found.failures["bad"]
+    assert found.rounds == {"bad": 0, "good": 1}
+    pooled = fit_site(gaussian.basis, *gaussian.shard(1, 2))
+    assert (found.server.total().shift - pooled.shift).abs().max() < 1e-10 * pooled.shift.abs().max()
+
+
 def test_workers_go_on_from_their_sites_in_a_file(binary, tmp_path):
     shards = [binary.shard(k, 4) for k in range(4)]
     with PosteriorServer(tmp_path / "s.db") as server:
@@ -135,6 +146,14 @@ def test_files_as_shards(gaussian, tmp_path):
     assert (found.server.total().shift - pooled.shift).abs().max() < 1e-9 * pooled.shift.abs().max()
     with pytest.raises(DataError, match="no column"):
         TableShard(path, ("y3",))()
+    with pytest.raises(DataError, match="targets is empty; name the columns"):
+        TableShard(path, ())()
+    assert all((a == b).all() for a, b in zip(TableShard(path, "y1")(), TableShard(path, ("y1",))()))
+    with pytest.raises(OptionError, match=r"server='store.db' is no server; pass PosteriorServer"):
+        require_server("store.db")
+    for wrong in (None, "a.csv", (1, 2, 3)):
+        with pytest.raises(OptionError, match="Shard 'shard 1' is a .*; give a pair"):
+            by_name([lambda: None, wrong])
 
 
 @pytest.mark.parametrize("what", ["nan", "columns", "short", "outputs"])

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -229,6 +230,39 @@ def test_a_body_that_does_not_come(gaussian, front):
     server.register_basis(gaussian.basis)
     slow = front(server, Limits(body_seconds=0.2))
     assert raw(slow, ["Content-Length: 500"], b"x", finish=False)[0] == 408
+
+
+def test_slow_bodies_of_one_token_leave_places_to_others(gaussian, front):
+    server = PosteriorServer()
+    server.register_basis(gaussian.basis)
+    slow = front(server, Limits(concurrent=4, body_seconds=20.0))
+    mine, other = slow.token("s2"), slow.token("s3")
+    where = slow.url.removeprefix("http://").split(":")
+    lines = []
+    try:
+        for _ in range(2):
+            line = socket.create_connection((where[0], int(where[1])), timeout=20)
+            lines.append(line)
+            head = [
+                "PUT /sites/s2 HTTP/1.1",
+                "Host: x",
+                f"Authorization: Bearer {mine}",
+                "Content-Length: 500",
+            ]
+            line.sendall("\r\n".join([*head, "", ""]).encode() + b"x")
+        deadline = time.monotonic() + 10
+        while (answer := send(slow, b"y", token=mine)).status_code != 429 and time.monotonic() < deadline:
+            time.sleep(0.02)  # until both have arrived
+        assert answer.status_code == 429 and answer.json()["reason"] == "busy"
+        site = replace(sites_of(gaussian)[2], site_id="s3")
+        assert send(slow, site_bytes(site), "s3", other).json()["status"] == "accepted"
+    finally:
+        for line in lines:
+            line.close()
+    deadline = time.monotonic() + 10
+    while (answer := send(slow, b"y", token=mine)).status_code == 429 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert answer.status_code == 400  # the places are free again; "y" is no site
 
 
 def test_tokens_are_asked_for_everything_but_the_page(served, gaussian):

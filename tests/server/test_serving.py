@@ -139,6 +139,16 @@ def test_serve_workers_fetch_and_predict(trip):
         np.testing.assert_allclose(found["p_late"], model.predict_proba(inputs)[:, 1], atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["first", "first/model", "first/model.fspace"])
+def test_a_model_is_named_as_for_predict(trip, name):
+    folder, model, _ = trip
+    (folder / "first").mkdir()
+    (folder / "model.fspace").rename(folder / "first" / "model.fspace")
+    with PosteriorServer() as server:
+        assert register_model(server, str(folder / name)) == heaviest(model).basis.id
+        assert server.attachment("model") == (folder / "first" / "model.fspace").read_bytes()
+
+
 def test_a_store_goes_on_without_the_model_file(trip):
     folder, model, _ = trip
     with PosteriorServer(folder / "server.db") as server:
@@ -174,7 +184,8 @@ def test_where_it_listens():
 @pytest.mark.parametrize("args, words", [
     (["serve", "--store", "s.db"], "has no basis"),
     (["serve", "--store", "s.db", "--host", "0.0.0.0"], "unencrypted"),
-    (["serve", "--store", "s.db", "--model", "none.fspace"], "no such file"),
+    (["serve", "--store", "s.db", "--model", "none.fspace"], "There is no model 'none.fspace'"),
+    (["serve", "--store", "s.db", "--model", "m.fspace", "--rate", "0"], "--rate 0 must be above 0"),
     (["token"], "for one site"),
     (["token", "--revoke", "abc"], "no token"),
     (["fetch", "--server", "https://x", "--token-file", "none", "--out", "a"], "cannot be read"),
@@ -190,6 +201,7 @@ def test_refusals_are_one_line(args, words, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert ended.value.code == 2 and printed.out == ""
     assert words in printed.err and printed.err.count("\n") == 1
+    assert not (tmp_path / "s.db").exists()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Tokens: only hashes are kept, rights and sites hold, time and revoking end them."""
 
+import json
 import stat
 import time
 
@@ -61,6 +62,7 @@ def test_rights_and_sites():
 
 @pytest.mark.parametrize("rights, site, days", [
     (["put"], None, 1), ([], None, 1), (["write"], "UA", 1), (["read"], None, 0), (["read"], None, float("nan")),
+    (["put"], "a\nb", 1), (["put"], "..", 1), (["put"], 201 * "a", 1),
 ])  # fmt: skip
 def test_tokens_that_are_not_made(rights, site, days):
     with pytest.raises(OptionError):
@@ -73,6 +75,20 @@ def test_damaged_file(tmp_path):
         Tokens(tmp_path / "t.json")
     with pytest.raises(OptionError, match="no token"):
         Tokens().revoke("abc")
+
+
+@pytest.mark.parametrize(
+    "spoilt", [{"expires": "soon"}, {"hash": 7}, {"hash": "é"}, {"site": 3}, {"revoked": "no"}, {"rights": 1}]
+)
+def test_a_file_edited_by_hand_is_refused_where_it_is_read_and_not_at_every_request(tmp_path, spoilt):
+    path = tmp_path / "t.json"
+    Tokens(path).issue(["read"])
+    (row,) = json.loads(path.read_text())["tokens"]
+    path.write_text(json.dumps({"tokens": [row]}))
+    assert len(Tokens(path).grants()) == 1
+    path.write_text(json.dumps({"tokens": [row | spoilt]}))
+    with pytest.raises(ServerError, match="damaged"):
+        Tokens(path)
 
 
 def test_a_bucket_empties_and_fills(monkeypatch):
