@@ -165,9 +165,10 @@ def backward_elbo(
     scale = total / rows.y.shape[0]
     (factor * scale * value.sum()).backward()
     assert m.grad is not None and v.grad is not None
-    torch.autograd.backward(
-        [at.mean, at.variance, divergence], [m.grad, v.grad, torch.full_like(divergence, -factor)]
-    )
+    if at.mean.requires_grad:  # the kernel learns
+        torch.autograd.backward(
+            [at.mean, at.variance, divergence], [m.grad, v.grad, torch.full_like(divergence, -factor)]
+        )
     if (
         isinstance(likelihood, OffsetLikelihood) and likelihood.classes
     ):  # whose terms are no plain derivatives
