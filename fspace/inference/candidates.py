@@ -46,8 +46,6 @@ FEWEST_FOR_VARYING = 50
 FEWEST_FOR_HOLDING_OUT = 50
 SITE_STEPS = 1500  # about as many minibatches as train the kernel by sites
 LINK_STEPS = 400  # where the likelihood is not Gaussian
-AT_ONCE = 2048  # rows up to which every such step sees all of them
-FEW_INDUCING = 64  # while the kernel is learned there, or a fifth of the rows
 SIGNAL = 4.0  # variance at first of a function before a link
 
 
@@ -284,12 +282,10 @@ def _learn_by_sites(
     """Parameters from minibatches of all rows that are not held out, by natural-gradient sites."""
     rest = plan.rest
     batch = min(1024 if functions(likelihood) == 1 else 512, len(rest))
-    most, steps = min(plan.inducing, INDUCING), SITE_STEPS
-    if not plan.gaussian:
-        batch = len(rest) if len(rest) <= AT_ONCE else batch
-        most, steps = min(most, max(FEW_INDUCING, len(rest) // 5)), LINK_STEPS
+    steps = SITE_STEPS if plan.gaussian else LINK_STEPS
     epochs = max(3, min(200, steps * batch // len(rest)))
     generator = torch.Generator().manual_seed(seed)
+    most = min(plan.inducing, INDUCING)
     weight = None if plan.weight is None else plan.weight[rest]
     stage = "sites" if plan.gaussian else name
     fit_sites(

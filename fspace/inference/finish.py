@@ -28,7 +28,7 @@ from fspace.inference.inducing import greedy_variance
 from fspace.inference.likelihoods import OffsetLikelihood, predictive_log_density
 from fspace.inference.noise import fit_noise_function
 from fspace.inference.optimise import MIN_NOISE, lbfgs
-from fspace.inference.sites import Rows, batch_site, converge, marginals
+from fspace.inference.sites import Rows, converge, marginals
 from fspace.inference.source import Inputs
 from fspace.kernels.deep import SplitKernel, embed, embedded_kernel
 from fspace.kernels.evaluate import covariance
@@ -153,10 +153,8 @@ def finish_sites(
         rest[held_out] = False
         site, _ = converge(basis, x[rest], y[rest], None if weight is None else weight[rest])
         with torch.no_grad():
-            held = Rows.of(basis, x[held_out], y[held_out], None if weight is None else weight[held_out])
+            held = Rows.of(basis, x[held_out], y[held_out])
             densities = predictive_log_density(likelihood, held.y, *marginals(site, held))
-            told = site + batch_site(site, likelihood, held, len(held.y))
-            site = replace(told, site_id=site.site_id)
     site, evidence = converge(basis, x, y, weight, start=site)
     return Finished(basis, site, evidence, densities)
 

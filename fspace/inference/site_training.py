@@ -23,14 +23,16 @@ from fspace.inference.likelihoods import (
 )
 from fspace.inference.numerics import cholesky_unseen, solve_lower
 from fspace.inference.optimise import log_prior
-from fspace.inference.sites import Rows, backward_elbo, blend, elbo, marginals, moved
+from fspace.inference.sites import Rows, blend, bound_and_site, elbo, marginals, moved
 from fspace.inference.source import Inputs
 from fspace.kernels.deep import DeepKernel, embed, embedded_kernel
 from fspace.kernels.evaluate import covariance, diagonal
 
 PATIENCE = 6  # epochs without a better held-out score before training ends
-SETTLED, LITTLE = 10, 1e-3  # steps that gain less than so many nats a value together end training on all rows
-RATE, EXACT_RATE = 5e-2, 0.3  # of kernel and noise; where there is no network and every step sees all rows
+SETTLED, LITTLE = (
+    15,
+    5e-4,
+)  # steps that gain less than so many nats a value together end the training on all rows
 POOL = 2048  # random rows among which inducing inputs are chosen
 HALVINGS = 8  # of a natural step that would lower the bound of its batch
 
@@ -69,14 +71,12 @@ def fit_sites(
     per_epoch = math.ceil(n / batch)
     floor = min(1.0, batch * max(1.0 / n, 0.02 / inducing))
     warm = min(per_epoch, math.ceil(10 * inducing / batch))
-    whole = per_epoch == 1  # every step sees all rows: loss and gradient are exact
-    optimiser = _optimiser(kernel, likelihood, EXACT_RATE if whole and held_out is None else RATE)
+    optimiser = _optimiser(kernel, likelihood)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * per_epoch, eta_min=1e-4)
     running: _Running | None = None
     device = next(likelihood.parameters()).device
     kept, best, best_epoch = None, -math.inf, 0
     means: list[float] = []
-    chosen_at = 0  # how many there were when the inducing inputs, and with them the loss, last changed
     kernel.train()
     try:
         for epoch in range(epochs):
@@ -90,7 +90,6 @@ def fit_sites(
                         running = _Running(kernel, likelihood, n, mass, pool, inducing)
                     else:
                         running.choose(pool, inducing)
-                    chosen_at = len(means)
                 optimiser.zero_grad()
                 rows = _read(x, batch_rows, device), _read(y, batch_rows, device).to(torch.float64)
                 counts = None if weight is None else _read(weight, batch_rows, device).to(torch.float64)
@@ -121,8 +120,8 @@ def fit_sites(
                 record(stage=stage, loss=means[-1], **entry)
             if held_out is not None and epoch - best_epoch >= PATIENCE:
                 break
-            if whole and len(means) > chosen_at + SETTLED and means[-1] > means[-1 - SETTLED] - LITTLE:
-                break
+            if per_epoch == 1 and len(means) > SETTLED and means[-1] > means[-1 - SETTLED] - LITTLE:
+                break  # every step sees all rows: the loss is exact
         if held_out is not None and kept is not None:
             _restore(kernel, likelihood, kept)
     except (NumericalError, KeyboardInterrupt) as error:
@@ -140,12 +139,12 @@ def _restore(kernel: Kernel, likelihood: AnyLikelihood, kept: tuple[dict, dict])
     likelihood.load_state_dict(kept[1])
 
 
-def _optimiser(kernel: Kernel, likelihood: AnyLikelihood, rate: float) -> torch.optim.AdamW:
+def _optimiser(kernel: Kernel, likelihood: AnyLikelihood) -> torch.optim.AdamW:
     """Kernel and noise in the first group of parameters; a network, with weight decay, in the second."""
     network = list(kernel.extractor.parameters()) if isinstance(kernel, DeepKernel) else []
     ids = {id(p) for p in network}
     others = [p for p in (*kernel.parameters(), *likelihood.parameters()) if id(p) not in ids]
-    groups = [{"params": [p for p in others if p.requires_grad], "lr": rate, "weight_decay": 0.0}]
+    groups = [{"params": [p for p in others if p.requires_grad], "lr": 5e-2, "weight_decay": 0.0}]
     if network:
         groups.append({"params": [p for p in network if p.requires_grad], "lr": 3e-3, "weight_decay": 1e-2})
     # fused: the count of steps is kept on the device
@@ -210,22 +209,23 @@ class _Running:
         self.site = moved(self.site, solve_lower(self.factor, solve_lower(factor, cross).mT))
         self.rows, self.factor = pool[chosen], factor
 
-    def step(self, x: Tensor, y: Float[Tensor, "n t"], weight: Tensor | None, rate: float) -> Tensor:
+    def step(
+        self, x: Tensor, y: Float[Tensor, "n t"], weight: Tensor | None, rate: float
+    ) -> Float[Tensor, ""]:
         """Gradients of the loss (nats a value) on one batch, added to `.grad`; then the batch's natural step.
 
         The gradient comes first: with a site that has seen the batch it would not be that of all rows on average.
         """
         rows, factor = self._seen(x, y, weight)
-        across = solve_lower(self.factor, factor)
-        share = -1.0 / (self.mass * y.shape[1])
-        bound, still, batch = backward_elbo(self.site, across, self.likelihood, rows, self.total, share)
-        prior = log_prior(embedded_kernel(self.kernel))
-        if prior.requires_grad:
-            (share * prior).backward()
+        site = moved(self.site, solve_lower(self.factor, factor))
+        bound, batch = bound_and_site(site, self.likelihood, rows, self.total)
+        loss = -(bound + log_prior(embedded_kernel(self.kernel))) / (self.mass * y.shape[1])
+        loss.backward()
         with torch.no_grad():
-            self.site = self._stepped(still, batch, rows, rate, bound)
+            still = moved(self.site, solve_lower(self.factor, factor))
+            self.site = self._stepped(still, batch, rows, rate, bound.detach())
             self.factor = factor.detach()
-        return share * (bound + prior.detach())
+        return loss.detach()
 
     def _seen(self, x: Tensor, y: Tensor, weight: Tensor | None) -> tuple[Rows, Float[Tensor, "m m"]]:
         z = embed(self.kernel, torch.cat([x, self.rows]))  # one pass, so both see the same feature statistics

@@ -27,19 +27,11 @@ from torch import Tensor
 from fspace.errors import NumericalError, OptionError
 from fspace.inference.basis import Basis, Site
 from fspace.inference.collapsed import CHUNK
-from fspace.inference.likelihoods import (
-    AnyLikelihood,
-    OffsetLikelihood,
-    expected_log_density,
-    functions,
-    local_terms,
-)
-from fspace.inference.moments import MovedMoments
+from fspace.inference.likelihoods import AnyLikelihood, expected_log_density, functions, local_terms
 from fspace.inference.numerics import cholesky, cholesky_unseen, solve_lower
 from fspace.inference.source import Inputs
 
 PASSES = 40  # over all rows, at most
-MANY, STRIDE = 16_384, 8  # of more rows, every eighth shows first about where their site is
 SLOWEST = 1e-3  # the smallest rate that is tried before a site counts as found
 
 
@@ -70,14 +62,6 @@ class Marginals(NamedTuple):
     mean: Float[Tensor, "t n"]
     variance: Float[Tensor, "t n"]
     known: Float[Tensor, "t n"]
-
-
-class LocalTerms(NamedTuple):
-    """`likelihoods.local_terms` of some rows, as often as they count."""
-
-    value: Float[Tensor, "t n"]
-    slope: Float[Tensor, "t n"]
-    beta: Float[Tensor, "t n"]
 
 
 def empty_site(basis: Basis, functions: int, site_id: str = "data") -> Site:
@@ -124,61 +108,39 @@ def batch_site(site: Site, likelihood: AnyLikelihood, rows: Rows, total: int) ->
     log_scale is chosen so that the log evidence of the result is the evidence lower bound wherever this is a fixed
     point.
     """
-    at = _marginals(site, rows, _inner(site))
-    return _said(site, rows, total, at, _local(likelihood, rows, at))
+    return _said(site, likelihood, rows, total, _marginals(site, rows, _inner(site)))[0]
 
 
-def _said(site: Site, rows: Rows, total: int, at: Marginals, terms: LocalTerms) -> Site:
-    """The site of `batch_site`, given the local terms of the rows, which are weighed; without a graph."""
-    v, mean, known = rows.v.detach(), at.mean.detach(), at.known.detach()
-    target = terms.slope + terms.beta * mean
+def _said(
+    site: Site, likelihood: AnyLikelihood, rows: Rows, total: int, at: Marginals
+) -> tuple[Site, Float[Tensor, " t"]]:
+    """The site of `batch_site`, and the expected log densities of the rows [t], summed; without a graph."""
+    mean, variance, known = (part.detach() for part in at)
+    value, slope, beta = (rows.weighed(part) for part in local_terms(likelihood, rows.y, mean, variance))
+    target = slope + beta * mean
     scale = total / rows.y.shape[0]
-    root = v * terms.beta.sqrt()[:, None, :]
-    rest = terms.value - target * mean + 0.5 * terms.beta * (mean.square() + known)
-    return replace(
+    v = rows.v.detach()
+    root = v * beta.sqrt()[:, None, :]
+    rest = value - target * mean + 0.5 * beta * (mean.square() + known)
+    said = replace(
         site,
         precision=scale * root @ root.mT,
         shift=scale * target @ v.mT,
         log_scale=scale * rest.sum(-1),
         count=total,
     )
+    return said, value.sum(-1)
 
 
-def _local(likelihood: AnyLikelihood, rows: Rows, at: Marginals) -> LocalTerms:
-    return LocalTerms(*map(rows.weighed, local_terms(likelihood, rows.y, at.mean, at.variance)))
-
-
-def backward_elbo(
-    site: Site,
-    across: Float[Tensor, "m m"],
-    likelihood: AnyLikelihood,
-    rows: Rows,
-    total: int,
-    factor: float,
-) -> tuple[Float[Tensor, ""], Site, Site]:
-    """`elbo` of `moved(site, across)`; factor times its gradients are added to `.grad` of all parameters behind
-    across, rows and likelihood. Also the moved site and its `batch_site`: the rows are looked at once for all."""
-    mean, known, divergence, precision, shift = MovedMoments.apply(rows.v, across, site.precision, site.shift)
-    at = Marginals(mean, (rows.prior - rows.v.square().sum(0)).clamp(min=0.0) + known, known)
-    m, v = (part.detach().requires_grad_() for part in (at.mean, at.variance))
-    value = rows.weighed(expected_log_density(likelihood, rows.y, m, v))
-    scale = total / rows.y.shape[0]
-    (factor * scale * value.sum()).backward()
-    assert m.grad is not None and v.grad is not None
-    if at.mean.requires_grad:  # the kernel learns
-        torch.autograd.backward(
-            [at.mean, at.variance, divergence], [m.grad, v.grad, torch.full_like(divergence, -factor)]
-        )
-    if (
-        isinstance(likelihood, OffsetLikelihood) and likelihood.classes
-    ):  # whose terms are no plain derivatives
-        terms = _local(likelihood, rows, at)
-    else:
-        slope, in_variance = m.grad / (factor * scale), v.grad / (factor * scale)
-        terms = LocalTerms(value.detach(), slope, (-2.0 * in_variance).clamp(min=0.0))
-    here = replace(site, precision=precision, shift=shift)
-    bound = scale * value.detach().sum() - divergence.detach().sum()
-    return bound, here, _said(here, rows, total, at, terms)
+def bound_and_site(
+    site: Site, likelihood: AnyLikelihood, rows: Rows, total: int
+) -> tuple[Float[Tensor, ""], Site]:
+    """`elbo`, differentiable, and `batch_site`, which is not, from one look at the rows."""
+    inner = _inner(site, cholesky_unseen)
+    at = _marginals(site, rows, inner)
+    value = rows.weighed(expected_log_density(likelihood, rows.y, at.mean, at.variance))
+    bound = total / rows.y.shape[0] * value.sum() - _divergence(site, inner).sum()
+    return bound, _said(site, likelihood, rows, total, at)[0]
 
 
 def elbo(site: Site, likelihood: AnyLikelihood, rows: Rows, total: int) -> Float[Tensor, ""]:
@@ -205,17 +167,11 @@ def converge(
     """The site that all rows make together on a fixed basis, and the evidence lower bound (nats) it reaches.
 
     Passes over all rows in chunks, each a natural-gradient step; the bound never falls: a step that lowers it is taken
-    back and tried at half the rate. It ends where a pass gains less than `tolerance` nats a row or, over many rows,
-    would gain less than a tenth of that. start: where the passes begin, by default at the site that an eighth of many
-    rows makes; cavity: what other sites say, which stays as it is.
+    back and tried at half the rate. It ends where a pass gains less than `tolerance` nats a row. start: where the
+    passes begin; cavity: what other sites say, which stays as it is.
     Shapes: x [n, d] (or images, sequences), y [n, t], weight [n]. Raises NumericalError where the bound is not finite
     at the start, and where no step from an empty site raises it: the prior would pass for a posterior.
     """
-    if start is None and len(y) > MANY:
-        counts = (
-            y.new_full((len(y[::STRIDE]),), float(STRIDE)) if weight is None else STRIDE * weight[::STRIDE]
-        )
-        start, _ = converge(basis, x[::STRIDE], y[::STRIDE], counts, None, cavity)
     site = start if start is not None else empty_site(basis, functions(basis.likelihood))
     _require_basis(site, basis)
     best, best_value, best_said, rate = site, -math.inf, site, 1.0
@@ -227,9 +183,6 @@ def converge(
                 gain = value - best_value
                 best, best_value, best_said = site, value, said
                 if gain < tolerance * len(y):
-                    break
-                # of few rows another pass costs no more than a look at what it would gain
-                if len(y) > MANY and rate == 1.0 and _gap(best, said, cavity) < 0.1 * tolerance * len(y):
                     break
                 rate = min(1.0, 2.0 * rate) if gain < math.inf else rate
             elif best_value == -math.inf:
@@ -248,20 +201,7 @@ def converge(
                         )
                     break
             site = blend(best, best_said, rate)
-    return replace(best, count=best_said.count, log_scale=best_said.log_scale), best_value
-
-
-def _gap(site: Site, other: Site, cavity: Site | None) -> float:
-    """KL divergence (nats) of the posterior of one site from that of another: what a full natural step from one to the
-    other gains, for Gaussian noise exactly."""
-    here, there = (s if cavity is None else s + cavity for s in (site, other))
-    inner, outer = _inner(here), _inner(there)
-    spread = solve_lower(inner, outer)  # L_1^-1 L_2, whose squares add up to the trace of P_1^-1 P_2
-    centres = [torch.cholesky_solve(s.shift[..., None], f) for s, f in ((here, inner), (there, outer))]
-    apart = outer.mT @ (centres[1] - centres[0])
-    logs = [f.diagonal(dim1=-2, dim2=-1).log().sum() for f in (inner, outer)]
-    size = inner.shape[-1] * len(inner)
-    return (0.5 * (spread.square().sum() + apart.square().sum() - size) + logs[0] - logs[1]).item()
+    return best, best_value
 
 
 @torch.no_grad()
@@ -288,9 +228,8 @@ def _whole(
     sums = []  # asked of the device once, at the end
     for rows in _parts(basis, x, y, weight):
         at = _marginals(posterior, rows, inner)
-        terms = _local(basis.likelihood, rows, at)
-        part = _said(posterior, rows, len(rows.y), at, terms)
-        sums.append(terms.value.sum())
+        part, expected = _said(posterior, basis.likelihood, rows, len(rows.y), at)
+        sums.append(expected.sum())
         total = part if total is None else total + part
     assert total is not None
     if cavity is not None:  # relative to what the others say, not to the prior
