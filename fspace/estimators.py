@@ -355,4 +355,8 @@ def own_likelihood(given: GaussianLikelihood, outputs: int) -> GaussianLikelihoo
             f"likelihood has {like.noise.numel()} noise variances, but y has {outputs} outputs."
         )
     prior = getattr(like.noise_covar, "noise_prior", None)
+    if len(list(like.named_priors())) > (prior is not None):
+        raise OptionError(
+            "likelihood has a prior that is not its noise_prior; this estimator would not keep it."
+        )
     return gaussian_likelihood(outputs, like.noise.detach().reshape(-1), torch.device("cpu"), prior)

@@ -41,7 +41,7 @@ def check_whole(name: str, value: Any, least: int = 1) -> int:
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
         raise OptionError(f"{name}={value!r} must be a whole number of at least {least}.")
     if value >= 2**63:
-        raise OptionError(f"{name} is {float(min(value, 10**300)):.3g} or more; it must be below 2^63.")
+        raise OptionError(f"{name} must be below 2^63.")
     return int(value)
 
 

@@ -63,6 +63,13 @@ def test_bounds_of_the_noise_are_refused_rather_than_dropped():
         fit(likelihood=GaussianLikelihood(noise_constraint=Interval(0.5, 1.0)))
 
 
+def test_a_prior_that_is_not_of_the_noise_is_refused():
+    own = GaussianLikelihood()
+    own.register_prior("mine", GammaPrior(1.0, 1.0), lambda module: module.noise)
+    with pytest.raises(OptionError, match="not its noise_prior"):
+        fit(likelihood=own)
+
+
 @pytest.mark.parametrize("options", [{"kernel": "auto"}, {"kernel": "deep"}, {"inference": "collapsed"}])
 def test_a_prior_of_the_noise_is_refused_where_it_would_not_count(options):
     with pytest.raises(OptionError, match="prior on its noise"):

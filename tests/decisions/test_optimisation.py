@@ -23,7 +23,7 @@ from gpytorch.means import ZeroMean
 
 import fspace
 from fspace.decisions import Optimizer, Space, optimize
-from fspace.decisions.acquisitions import acquisition
+from fspace.decisions.acquisitions import acquisition, candidates
 from fspace.decisions.space import parse_constraint
 from fspace.errors import DataError, InfeasibleError, ModelFileError, OptionError
 from fspace.inference.numerics import seeded
@@ -156,6 +156,20 @@ def test_a_bowl_is_found(name):
     random = min(bowl(c) for c in found.space.decode(found.space.sample(12, 0)))
     assert found.best.values["y"] < min(0.003, random)
     assert len(found.seconds) == 12
+
+
+def test_searches_start_near_all_that_none_is_better_than():
+    """Steps from both ends of the front and from nothing else, beside random ones; in the space, none tried before."""
+    space = Space({"x": (0.0, 1.0), "z": (0.0, 1.0)}, ["x + z <= 1.2"])
+    x = torch.tensor([[0.1, 0.9], [0.9, 0.1], [0.5, 0.5]]).double()
+    y = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]]).double()
+    found = candidates(space, x, y, 2, [], x, seed=0)
+    assert bool(space.feasible(found).all()) and not bool((torch.cdist(found, x) < 1e-9).any())
+    near = (torch.cdist(found, x) < 0.01).sum(0)
+    assert near[0] > 50 and near[1] > 50 and near[2] < 10
+    only = candidates(space, x, y, 2, [(torch.tensor([1.0, 0.0]).double(), 0.5)], x, seed=0)
+    near = (torch.cdist(only, x) < 0.01).sum(0)
+    assert near[0] < 10 and near[1] > 100
 
 
 def test_a_mixed_space():
